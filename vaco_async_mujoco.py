@@ -1,0 +1,716 @@
+"""VACO on continuous control: asynchronous on-policy reinforcement learning under policy lag, in one file.
+
+"Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. Actors act with old versions
+of the policy (*policy lag*). VACO (1) *aligns*: once per batch, V-trace turns the data of old policies (beta) into
+advantages of the learner's policy (pi_T); (2) *filters*: when the total variation between the policy being optimised
+(pi) and beta is over a budget, the gradients that would raise it are dropped. No clipping.
+
+    python vaco_async_mujoco.py                                            # HalfCheetah-v4, 4 actors, free running
+    python vaco_async_mujoco.py --env-id Hopper-v4 --num-actors 16         # more actors: more backward lag
+    python vaco_async_mujoco.py --update-epochs 20 --num-minibatches 64    # more updates per batch: more forward lag
+    python vaco_async_mujoco.py --lag-schedule fixed --lag 0               # synchronous, bit-reproducible
+    python vaco_async_mujoco.py --lag-schedule mixture --lag 8             # each rollout by one of the last 9 versions
+
+  PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
+        | copy one version, once per rollout                                                                  |
+        v                                                                                                     |
+  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
+        | fill one slot: obs, action, log-prob, reward, terminated, truncated, valid, version                 ^
+        v                                                                                                     |
+  Rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
+"""
+
+import difflib
+import math
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+from typing import Literal
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.wrappers.utils import RunningMeanStd
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of networks, minibatches, action noise and environments"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = True
+    """if toggled, the learner runs on the GPU when there is one; actors act on the CPU"""
+
+    # The job
+    env_id: str = "HalfCheetah-v4"
+    """any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ..."""
+    total_timesteps: int = 1_000_000
+    """environment steps to train for"""
+
+    # Actors: how old the data is when it arrives (backward lag)
+    num_actors: int = 4
+    """actor processes; free running, data arrives about `num_actors / rollouts_per_batch` versions old"""
+    num_envs: int = 16
+    """environments per actor"""
+    num_steps: int = 128
+    """steps per environment in one rollout"""
+    rollouts_per_batch: int = 1
+    """rollouts per batch, which then has `rollouts_per_batch * num_steps * num_envs` samples"""
+    lag_schedule: Literal["async", "fixed", "mixture"] = "async"
+    """async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version
+    of each rollout is drawn uniformly from the last `lag + 1`"""
+    lag: int = 0
+    """policy lag of the lockstep schedules, in versions; there is one version per batch"""
+
+    # Optimisation: how far the policy moves on one batch (forward lag)
+    update_epochs: int = 10
+    """passes over each batch"""
+    num_minibatches: int = 32
+    """minibatches, that is gradient steps, per pass"""
+    learning_rate: float = 3e-4
+    """the learning rate of Adam"""
+    anneal_lr: bool = True
+    """if toggled, the learning rate falls linearly to 0 over `total_timesteps`"""
+    gamma: float = 0.99
+    """the discount factor"""
+    gae_lambda: float = 0.95
+    """the trace decay of the advantages; 1 gives IMPALA's plain V-trace"""
+    norm_adv: bool = True
+    """if toggled, advantages are normalised per minibatch, before the filter"""
+    ent_coef: float = 0.0
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """the largest norm of a gradient"""
+
+    # VACO
+    align: bool = True
+    """if toggled, V-trace aligns the advantages with the learner's policy; `--no-align` is GAE on stale data"""
+    rho_bar: float = 1.0
+    """V-trace: upper bound of the importance weight of a temporal difference"""
+    c_bar: float = 1.0
+    """V-trace: upper bound of the importance weight by which a trace is carried on"""
+    filter: bool = True
+    """if toggled, gradients that raise the total variation are dropped while it is over `tv_threshold`"""
+    tv_threshold: float = 0.2
+    """the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. For the other reading in
+    use, a budget of 0.2 on mean |pi/beta - 1|, type `--tv-threshold 0.1`"""
+    tv_anchor: Literal["behavior", "learner"] = "behavior"
+    """where the total variation is measured from: behavior, the policy that acted (backward and forward lag), or
+    learner, the policy at the batch's arrival (forward lag alone)"""
+
+
+class UsageError(Exception):
+    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
+
+
+def validate(args):
+    """Check all flags, before any process starts. Raises UsageError."""
+    counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
+    rules = [(name, getattr(args, name) >= 1, "must be at least 1") for name in counts]
+    for name in ("learning_rate", "max_grad_norm", "rho_bar", "c_bar"):
+        rules.append((name, 0 < getattr(args, name) < math.inf, "must be greater than 0, and finite"))
+    for name in ("lag", "ent_coef", "vf_coef", "tv_threshold"):
+        rules.append((name, 0 <= getattr(args, name) < math.inf, "must be 0 or greater, and finite"))
+    for name in ("gamma", "gae_lambda"):
+        rules.append((name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1"))
+    samples = args.rollouts_per_batch * args.num_steps * args.num_envs
+    divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
+    nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
+    uneven = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
+    free_lag = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
+    rules += [
+        ("seed", 0 <= args.seed < 2**31, "must lie between 0 and 2147483647"),
+        ("num_steps", args.num_steps >= 2, "must be at least 2, because the step after a reset carries no data"),
+        ("lag", args.lag == 0 or args.lag_schedule != "async", free_lag),
+        ("num_minibatches", args.num_minibatches in divisors, uneven),
+    ]
+    for name, holds, advice in rules:
+        if not holds:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+    if continuous_sizes(args.env_id) is None:
+        similar = difflib.get_close_matches(args.env_id, envpool.list_all_envs(), n=20, cutoff=0.3)
+        closest = [task for task in similar if continuous_sizes(task)][:3] or ["HalfCheetah-v4", "CheetahRun-v1"]
+        advice = f"not an envpool task with a floating-point Box action space; closest: {', '.join(closest)}"
+        raise UsageError(f"--env-id {args.env_id}: {advice}")
+
+
+# Environment
+
+
+def continuous_sizes(env_id):
+    """(observation size, action size) of an envpool task with a floating-point Box action space; None of any other."""
+
+    def size(space):
+        return sum(map(size, space.values())) if isinstance(space, gym.spaces.Dict) else math.prod(space.shape)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec = envpool.make_spec(env_id)
+            obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    except Exception:  # unknown, or without the system libraries or files that it needs
+        return None
+    if isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
+        return size(obs_space), size(action_space)
+
+
+class ContinuousEnvs:
+    """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to [C, D].
+
+    envpool resets on the *next* step: the observation that comes with the end of an episode is its true last one, and
+    the step after it ignores the action and returns the next episode's first observation with reward 0. That dummy step
+    is no data: `valid` [C] is False where the coming step is one. Environment i is seeded with seed + i.
+    """
+
+    def __init__(self, env_id, num_envs, seed):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium's, on float64 bounds of float32 spaces
+            self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
+            self.action_space = self.envs.action_space
+        self.valid = np.ones(num_envs, dtype=bool)
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
+
+    def flatten(self, obs):
+        if isinstance(obs, dict):
+            return np.concatenate([self.flatten(part) for part in obs.values()], axis=1)
+        return obs.reshape(len(self.valid), -1)
+
+    def reset(self):
+        """Start all environments; returns the observations [C, D]."""
+        obs, info = self.envs.reset()
+        # An envpool built for another numpy returned the values of one environment for all of them
+        assert np.array_equal(info["env_id"], np.arange(len(self.valid))), f"envpool mixed up: {info['env_id']}"
+        return self.flatten(obs)
+
+    def step(self, actions):
+        """Actions [C, A] -> obs [C, D], rewards, terminated, truncated [C], (return, length) of each ended episode.
+
+        Clips the actions to the action space: envpool would charge the control cost of the unclipped ones.
+        """
+        space = self.action_space
+        actions = np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
+        obs, rewards, terminated, truncated, _ = self.envs.step(actions)
+        self.returns, self.lengths, done = self.returns + rewards, self.lengths + self.valid, terminated | truncated
+        episodes = list(zip(self.returns[done], self.lengths[done], strict=True))
+        self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
+        return self.flatten(obs), rewards, terminated, truncated, episodes
+
+
+class RewardScaler:
+    """Divides rewards by the standard deviation of the discounted return, as gymnasium's NormalizeReward does.
+
+    It lives in the learner, on the raw rewards of the slots: one scale for all actors, whatever their lag.
+    """
+
+    def __init__(self, num_actors, num_envs, gamma):
+        self.gamma, self.statistics = gamma, RunningMeanStd(shape=())
+        self.running = np.zeros((num_actors, num_envs))  # discounted returns, carried across the rollouts of an actor
+
+    def update(self, actor, rollout):
+        """Take in one slot (as of `Rollouts.arrays`) of an actor."""
+        returns = np.zeros(rollout.rewards.shape)  # [T, C]
+        for t in range(len(returns)):
+            returns[t] = self.running[actor] = self.gamma * self.running[actor] + rollout.rewards[t]
+            self.running[actor][rollout.terminated[t] | rollout.truncated[t]] = 0
+        self.statistics.update(returns[rollout.valid])
+
+    def scale(self, rewards):
+        return (rewards / math.sqrt(self.statistics.var + 1e-8)).clamp(-10, 10)
+
+
+# Policy and critic
+
+
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """Gaussian policy with a state-independent standard deviation, and critic: two MLPs, 64-64 tanh.
+
+    The observation statistics are part of the policy, as buffers: published, saved and loaded with the weights, frozen
+    while a version acts and while a batch trains.
+    """
+
+    def __init__(self, obs_size, action_size):
+        super().__init__()
+
+        def mlp(out_size, std):
+            hidden = [layer_init(nn.Linear(obs_size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+            return nn.Sequential(*hidden, layer_init(nn.Linear(64, out_size), std=std))
+
+        self.critic = mlp(1, std=1.0)
+        self.actor_mean = mlp(action_size, std=0.01)
+        self.actor_logstd = nn.Parameter(torch.zeros(action_size))
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_var", torch.ones(obs_size))
+
+    def normalize(self, obs):
+        """Raw to normalised observations [..., D], which the other methods take, except `act`."""
+        return ((obs - self.obs_mean) / torch.sqrt(self.obs_var + 1e-8)).clamp(-10, 10)
+
+    def get_value(self, obs):
+        return self.critic(obs).squeeze(-1)
+
+    def get_logprob(self, mean, actions):
+        """Joint log-probability, summed over the action's dimensions, of unclipped actions: [..., A] -> [...]."""
+        z = (actions - mean) * torch.exp(-self.actor_logstd)
+        return (-0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def act(self, obs, generator):
+        """Sample: raw observations [C, D] -> actions [C, A], log-probabilities [C]."""
+        mean = self.actor_mean(self.normalize(obs))
+        actions = mean + torch.exp(self.actor_logstd) * torch.randn(mean.shape, generator=generator)
+        return actions, self.get_logprob(mean, actions)
+
+    def evaluate(self, obs, actions):
+        """Normalised obs [..., D], actions [..., A] -> log-probabilities [...], mean entropy (scalar), values [...]."""
+        entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return self.get_logprob(self.actor_mean(obs), actions), entropy, self.get_value(obs)
+
+
+# The algorithm
+
+
+@torch.no_grad()
+def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, c_bar):
+    """Align: critic targets v_t, and advantages A_t of the learner's policy pi_T on data of the behaviour policy beta.
+
+        delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t
+        acc_t   = min(rho_bar, rho_t) delta_t + gamma lam (1 - done_t) min(c_bar, rho_t) acc_{t+1},     acc_T = 0
+        v_t     = V_t + acc_t
+        A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
+
+    IMPALA's V-trace (arXiv 1802.01561, section 4.1), once per batch (VACO, arXiv 2603.01365); GAE if rho = 1. A_t has
+    no rho_t of its own, because the surrogate multiplies by pi/beta already. After a truncation, V_{t+1} is the value
+    of the true last observation. All rows come in; what dummy rows get means nothing, and they reach no other row.
+
+    Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
+    the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
+    [T, N] of 0 and 1; discount factor, trace decay, bounds of the importance weights. Returns targets, advantages [T, N].
+    """
+    rhos, discounts = log_ratios.exp(), gamma * lam * (1 - dones)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    clipped_deltas, decays = rhos.clamp(max=rho_bar) * deltas, discounts * rhos.clamp(max=c_bar)
+    acc = torch.zeros_like(values)  # [T + 1, N]
+    for t in reversed(range(len(rewards))):
+        acc[t] = clipped_deltas[t] + decays[t] * acc[t + 1]
+    return values[:-1] + acc[:-1], deltas + discounts * acc[1:]
+
+
+def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
+    """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
+
+        D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
+        keep_i = 1                               if D <= tv_threshold
+                 1[A_i (r_i - anchor_i) <= 0]    otherwise
+
+    The sign: grad r A = r A grad log pi, and grad 1/2 |r - anchor| = 1/2 sign(r - anchor) r grad log pi, so ascent on
+    the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
+
+    Takes valid rows only: ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since normalising
+    changes signs; the budget on D, the 1/2 included; anchor_ratios pi_T/beta [M], to measure from the learner's policy
+    pi_T, where None is 1, the behaviour policy. Returns keep [M], boolean, and tv, the scalar tensor D.
+    """
+    moved = ratios - (1 if anchor_ratios is None else anchor_ratios)
+    tv = 0.5 * moved.abs().mean()
+    return (tv <= tv_threshold) | (advantages * moved <= 0), tv
+
+
+# Shared memory
+
+
+class PolicyStore:
+    """The last published versions of a policy, one flat float32 row each, in shared memory.
+
+    One writer (the learner), many readers, and no lock that a killed process could leave taken: the stamp of a row is
+    away while the row is written, and a reader's copy counts only if the stamp was right before and after copying.
+    """
+
+    def __init__(self, agent, num_versions):
+        size = sum(tensor.numel() for tensor in agent.state_dict().values())
+        self.rows = torch.zeros(num_versions, size).share_memory_()
+        self.stamps = torch.full((num_versions,), -1).share_memory_()  # the version in each row
+        self.latest = torch.tensor(-1).share_memory_()
+
+    def publish(self, agent, version):
+        """Store the agent's parameters and buffers as `version`, over the oldest one."""
+        row = version % len(self.rows)
+        self.stamps[row] = -1
+        self.rows[row] = torch.cat([tensor.flatten() for tensor in agent.state_dict().values()])
+        self.stamps[row] = version
+        self.latest.fill_(version)
+
+    def load(self, agent, version):
+        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        while True:
+            wanted = self.latest.item() if version == LATEST else version
+            row = wanted % len(self.rows)
+            before, copy, after = self.stamps[row].item(), self.rows[row].clone(), self.stamps[row].item()
+            if before == after == wanted:
+                break
+            if version != LATEST:
+                raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
+        tensors = list(agent.state_dict().values())
+        for tensor, part in zip(tensors, copy.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return wanted
+
+
+class Rollouts:
+    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T (obs: T + 1), C, ...].
+
+    Rewards are raw, actions unclipped, log-probabilities of the version that acted; `valid` is False in dummy steps.
+    """
+
+    def __init__(self, num_slots, num_steps, num_envs, obs_shape, obs_dtype, action_shape, action_dtype):
+        def shared(*shape, dtype=torch.float32):
+            return torch.zeros(num_slots, *shape, dtype=dtype).share_memory_()
+
+        self.obs = shared(num_steps + 1, num_envs, *obs_shape, dtype=obs_dtype)
+        self.actions = shared(num_steps, num_envs, *action_shape, dtype=action_dtype)
+        self.logprobs, self.rewards = shared(num_steps, num_envs), shared(num_steps, num_envs)
+        self.terminated, self.truncated, self.valid = (shared(num_steps, num_envs, dtype=torch.bool) for _ in range(3))
+        self.version = shared(dtype=torch.int64)
+
+    def arrays(self, slot):
+        """NumPy views of one slot, by name: cheaper to fill step by step than tensors."""
+        return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
+
+    def batch(self, slots, device):
+        """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
+        fields = [(name, tensor) for name, tensor in vars(self).items() if name != "version"]
+        return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields})
+
+
+# Actors
+
+
+def actor(make_agent, make_envs, noise_seed, store, rollouts, learner):
+    """An actor process: for every ticket, load one policy version and fill one slot with it.
+
+    Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
+    [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the learner ends actors
+    torch.set_num_threads(1)
+    try:
+        agent, envs, generator = make_agent(), make_envs(), torch.Generator().manual_seed(noise_seed)
+        obs = envs.reset()
+        learner.send(None)
+        while True:
+            asked = time.perf_counter()
+            slot, version = learner.recv()
+            begun = time.perf_counter()
+            out, episodes = rollouts.arrays(slot), []
+            out.version[...] = store.load(agent, version)
+            for t in range(len(out.rewards)):
+                out.obs[t], out.valid[t] = obs, envs.valid
+                with torch.inference_mode():
+                    actions, logprobs = agent.act(torch.from_numpy(out.obs[t]), generator)
+                out.actions[t], out.logprobs[t] = actions.numpy(), logprobs.numpy()
+                obs, out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                episodes += ended
+            out.obs[-1] = obs
+            learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the learner is gone
+    except Exception:
+        learner.send(traceback.format_exc())
+
+
+def env_seed(args, index):
+    """First seed of an actor's environments. envpool gives environment i this seed + i, in 31 bits: the blocks of all
+    actors and (below 2^15) of all seeds are disjoint."""
+    return (args.seed * 2**16 + index * args.num_envs) % (2**31 - 2**16)
+
+
+def ticket_version(args, rollout):
+    """The policy version that must collect a rollout (counted from 0): the definition of the lag schedules. The draws
+    of `mixture` depend on seed and rollout alone; early on they are uniform over the versions that exist."""
+    batch = rollout // args.rollouts_per_batch
+    if args.lag_schedule == "async":
+        return LATEST
+    if args.lag_schedule == "fixed":
+        return max(batch - args.lag, 0)
+    return batch - int(np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1))
+
+
+class Actors:
+    """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
+
+    A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
+    has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
+    number of slots, nothing is dropped. Batch v is made, lockstep, of the R rollouts from v R on, in this order, so
+    that nothing depends on timing; async, of the R that were finished first.
+    """
+
+    def __init__(self, args, make_agent, make_envs, store, rollouts):
+        self.args, self.slots_per_actor = args, len(rollouts.version) // args.num_actors
+        self.issued = [0] * args.num_actors  # tickets given to each actor so far
+        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
+        self.finished = {}  # place in the order of training -> what the actor sent
+        self.arrivals = 0
+        # forkserver copies a process that has imported everything and touched neither CUDA nor threads: actors start
+        # many times sooner than by spawn (for where there is no forkserver), in a fraction of the memory
+        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
+        self.processes, self.connections = [], []
+        for index in range(args.num_actors):
+            ours, theirs = context.Pipe()
+            noise_seed = int(np.random.SeedSequence((args.seed, index)).generate_state(1)[0])
+            make_own_envs = partial(make_envs, seed=env_seed(args, index))
+            arguments = (make_agent, make_own_envs, noise_seed, store, rollouts, theirs)
+            self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
+            self.processes[-1].start()
+            theirs.close()  # so that the pipe ends with the actor
+            self.connections.append(ours)
+
+    def receive(self):
+        """Block until actors send something; returns a list of it. Raises RuntimeError if an actor failed or died."""
+        messages = []
+        for connection in wait(self.connections):
+            process = self.processes[self.connections.index(connection)]
+            try:
+                messages.append(connection.recv())
+            except (EOFError, ConnectionResetError):
+                process.join(10)
+                raise RuntimeError(f"{process.name} died, exit code {process.exitcode} (-n: signal n)") from None
+            if isinstance(messages[-1], str):
+                raise RuntimeError(f"{process.name} failed:\n{messages[-1]}")
+        return messages
+
+    def start(self):
+        """Block until all actors are ready."""
+        ready = 0
+        while ready < len(self.processes):
+            ready += len(self.receive())
+
+    def issue(self, newest):
+        """Send out every ticket whose slot is free and whose policy version is there, `newest` being the last."""
+        for index, connection in enumerate(self.connections):
+            while True:
+                rollout = index + self.issued[index] * self.args.num_actors
+                slot = index * self.slots_per_actor + self.issued[index] % self.slots_per_actor
+                version = ticket_version(self.args, rollout)
+                if slot in self.rollout_in or version > newest:
+                    break
+                connection.send((slot, version))
+                self.rollout_in[slot] = rollout
+                self.issued[index] += 1
+
+    def collect(self, batch):
+        """Block until the rollouts of a batch are there; returns what actors sent, in the order of training."""
+        places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
+        while not all(place in self.finished for place in places):
+            for message in self.receive():
+                place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
+                self.finished[place] = message
+                self.arrivals += 1
+        return [self.finished.pop(place) for place in places]
+
+    def release(self, slots):
+        """The slots have been copied and may be filled again."""
+        for slot in slots:
+            self.rollout_in.pop(slot)
+
+    def stop(self):
+        """End the actors at once: they hold nothing worth waiting for."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def train(args):
+    """Train an agent and return it: all that a run does, from the flags (`Args`) to the summary line.
+
+    Raises UsageError if the flags cannot work, RuntimeError if an actor failed or died.
+    """
+    validate(args)
+    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(1)  # the networks are small: a second thread would take a core from the actors
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    obs_size, action_size = continuous_sizes(args.env_id)
+    make_agent = partial(Agent, obs_size, action_size)
+    agent = make_agent().to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    obs_statistics = RunningMeanStd(shape=obs_size)
+    reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
+    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
+    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
+    num_slots = args.num_actors * math.ceil(args.rollouts_per_batch / args.num_actors)
+    shapes = ((obs_size,), torch.float32, (action_size,), torch.float32)
+    rollouts = Rollouts(num_slots, args.num_steps, args.num_envs, *shapes)
+    actors = Actors(args, make_agent, partial(ContinuousEnvs, args.env_id, args.num_envs), store, rollouts)
+
+    writer = SummaryWriter(f"runs/{run_name}")
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    progress = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
+    seconds = Counter()  # over the whole run
+    try:
+        actors.start()
+        batch_time = time.perf_counter()
+        while global_step < args.total_timesteps:
+            # COLLECT a batch, copy it, and let its slots be filled again while we train
+            actors.issue(newest=version)
+            slots, ended, waits, acts = map(list, zip(*actors.collect(batch=version), strict=True))
+            learner_wait = time.perf_counter() - batch_time
+            batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
+            lags = (version - rollouts.version[slots]).float()  # [R]
+            for slot in slots:
+                reward_scaler.update(slot // actors.slots_per_actor, rollouts.arrays(slot))
+            actors.release(slots)
+            actors.issue(newest=version)
+
+            # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
+            with torch.no_grad():
+                obs = agent.normalize(batch.obs)  # [T + 1, N, D]
+                values = agent.get_value(obs)  # [T + 1, N]
+                log_ratios = agent.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs  # [T, N], log pi_T/beta
+            rewards, terminated = reward_scaler.scale(batch.rewards), batch.terminated.float()
+            dones = (batch.terminated | batch.truncated).float()
+            aligned = log_ratios if args.align else torch.zeros_like(log_ratios)
+            levels = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
+            targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *levels)
+            # Dummy steps end here: of T * N rows, the B valid ones go on
+            fields = (obs[:-1], batch.actions, batch.logprobs, log_ratios.exp(), advantages, targets, values[:-1])
+            fields = [field[batch.valid] for field in fields]
+            b_obs, b_actions, b_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = fields
+
+            # FILTER: minibatch updates of pi
+            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+            updates = []
+            for _ in range(args.update_epochs):
+                # Each row once per epoch; the minibatches' sizes differ by one at most
+                for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
+                    newlogprobs, entropy, newvalues = agent.evaluate(b_obs[mb], b_actions[mb])
+                    log_ratios = newlogprobs - b_logprobs[mb]
+                    ratios, mb_advantages = log_ratios.exp(), b_advantages[mb]  # pi/beta
+                    if args.norm_adv:
+                        mb_advantages = mb_advantages - mb_advantages.mean()
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
+                    anchor_ratios = b_learner_ratios[mb] if args.tv_anchor == "learner" else None
+                    keep, tv = tv_filter(ratios.detach(), mb_advantages, args.tv_threshold, anchor_ratios)
+                    if not args.filter:
+                        keep = torch.ones_like(keep)
+                    # -1/M sum_i keep_i r_i A_i: dropped samples count in M, and so shorten the step
+                    policy_loss = -(keep * ratios * mb_advantages).mean()
+                    value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
+                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    with torch.no_grad():
+                        update = {
+                            "losses/policy_loss": policy_loss.detach(),
+                            "losses/value_loss": value_loss.detach(),
+                            "losses/entropy": entropy.detach(),
+                            "losses/old_approx_kl": -log_ratios.mean(),
+                            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
+                            "filter/gate_open": (tv > args.tv_threshold).float(),
+                            "filter/dropped": 1 - keep.float().mean(),
+                        }
+                        updates.append(update)
+
+            # PUBLISH the next version: new weights, and observation statistics that include this batch
+            with torch.no_grad():
+                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_logprobs).exp()  # [B], pi/beta
+            obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
+            agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
+            agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
+            version += 1
+            store.publish(agent, version)
+            global_step += len(b_obs)
+
+            # LOG, against environment steps
+            now = time.perf_counter()
+            batch_seconds, batch_time = now - batch_time, now
+            seconds.update(learner_wait=learner_wait, actor_wait=sum(waits), acting=sum(acts), total=batch_seconds)
+            scalars = {
+                "charts/learning_rate": lr,
+                "charts/SPS": global_step / seconds["total"],
+                "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
+                "lag/versions_mean": lags.mean().item(),
+                "lag/versions_max": lags.max().item(),
+                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
+                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
+                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
+                "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
+                "stats/learner_wait": learner_wait / batch_seconds,
+                "stats/actor_wait": sum(waits) / (sum(waits) + sum(acts)),
+                "stats/rollout_time": sum(acts) / len(acts),
+                "stats/update_time": batch_seconds - learner_wait,
+                "stats/queue_size": len(actors.finished),
+            }
+            scalars |= {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            episodes = [episode for part in ended for episode in part]
+            if episodes:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+                last_returns.extend(episode_return for episode_return, _ in episodes)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no episode ended yet"
+            lag, tv, dropped = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "filter/dropped"))
+            status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, dropped {dropped:.1%}"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update(min(global_step, args.total_timesteps) - progress.n)
+            if progress.disable and now >= next_line:
+                sps = f"{scalars['charts/SPS']:.0f} SPS"
+                print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
+                next_line = now + 5
+    finally:
+        actors.stop()
+        progress.close()
+        writer.close()
+    learner_waited = seconds["learner_wait"] / seconds["total"]
+    actors_waited = seconds["actor_wait"] / (seconds["actor_wait"] + seconds["acting"])
+    print(
+        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, "
+        f"{global_step / seconds['total']:.0f} SPS; {recent} (last {len(last_returns)} episodes); "
+        f"learner waited {learner_waited:.1%}, actors {actors_waited:.1%} of the time; logs in runs/{run_name}"
+    )
+    return agent
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
