@@ -218,7 +218,7 @@ class ContinuousEnvs:
 
 
 class RewardScaler:
-    """Divides rewards by the standard deviation of the discounted return, as gymnasium's NormalizeReward does.
+    """Divides rewards by the standard deviation of the discounted return, in the manner of gymnasium's NormalizeReward.
 
     It lives in the learner, on the raw rewards of the slots: one scale for all actors, whatever their lag.
     """
@@ -231,8 +231,8 @@ class RewardScaler:
         """Take in one slot (as of `Rollouts.arrays`) of an actor."""
         returns = np.zeros(rollout.rewards.shape)  # [T, C]
         for t in range(len(returns)):
-            returns[t] = self.running[actor] = self.gamma * self.running[actor] + rollout.rewards[t]
-            self.running[actor][rollout.terminated[t] | rollout.truncated[t]] = 0
+            self.running[actor] = (self.gamma * self.running[actor] + rollout.rewards[t]) * rollout.valid[t]
+            returns[t] = self.running[actor]
         self.statistics.update(returns[rollout.valid])
 
     def scale(self, rewards):
@@ -310,7 +310,7 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
 
     Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
     the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
-    [T, N] of 0 and 1; discount factor, trace decay, bounds of the importance weights. Returns targets, advantages [T, N].
+    [T, N] of 0 and 1; discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
     """
     rhos, discounts = log_ratios.exp(), gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -338,6 +338,11 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
     moved = ratios - (1 if anchor_ratios is None else anchor_ratios)
     tv = 0.5 * moved.abs().mean()
     return (tv <= tv_threshold) | (advantages * moved <= 0), tv
+
+
+def vaco_loss(ratios, advantages, keep):
+    """-1/M sum_i keep_i r_i A_i over [M] samples. Dropped ones count in M, so they shorten the step (2603.01365)."""
+    return -(keep * ratios * advantages).mean()
 
 
 # Shared memory
@@ -624,8 +629,7 @@ def train(args):
                     keep, tv = tv_filter(ratios.detach(), mb_advantages, args.tv_threshold, anchor_ratios)
                     if not args.filter:
                         keep = torch.ones_like(keep)
-                    # -1/M sum_i keep_i r_i A_i: dropped samples count in M, and so shorten the step
-                    policy_loss = -(keep * ratios * mb_advantages).mean()
+                    policy_loss = vaco_loss(ratios, mb_advantages, keep)
                     value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 

@@ -1,0 +1,37 @@
+"""Shared by the tests: where runs write to, how their curves are read, and how processes are looked for."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, so runs/ of the repository stays clean."""
+    monkeypatch.chdir(tmp_path)
+
+
+def read_curves(folder):
+    """The only run under `folder`/runs as {tag: [values in order]}."""
+    (run,) = (Path(folder) / "runs").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def processes_of_session(session):
+    """Process ids of the session `session` that are alive (not zombies), from /proc."""
+    alive = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended meanwhile
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                alive.append(int(entry))
+    return alive

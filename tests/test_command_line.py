@@ -1,0 +1,88 @@
+"""Wrong input: one line that names the flag and what to type, exit code 2, before anything is started."""
+
+import multiprocessing as mp
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from vaco_async_mujoco import Args, UsageError, train, validate
+
+BAD = [
+    ({"total_timesteps": 0}, "--total-timesteps 0: must be at least 1"),
+    ({"num_actors": 0}, "--num-actors 0: must be at least 1"),
+    ({"num_actors": -3}, "--num-actors -3: must be at least 1"),
+    ({"num_envs": 0}, "--num-envs 0: must be at least 1"),
+    ({"num_steps": 1}, "--num-steps 1: must be at least 2"),
+    ({"rollouts_per_batch": 0}, "--rollouts-per-batch 0: must be at least 1"),
+    ({"num_minibatches": 0}, "--num-minibatches 0: must be at least 1"),
+    ({"update_epochs": 0}, "--update-epochs 0: must be at least 1"),
+    ({"num_minibatches": 33}, "type --num-minibatches 32"),
+    ({"num_minibatches": 4096}, "type --num-minibatches 512"),
+    ({"num_envs": 3, "num_steps": 5, "num_minibatches": 4}, "type --num-minibatches 3"),
+    ({"lag": 4}, "type --lag-schedule fixed"),
+    ({"lag": -1, "lag_schedule": "fixed"}, "--lag -1: must be 0 or greater"),
+    ({"learning_rate": 0.0}, "--learning-rate 0.0: must be greater than 0"),
+    ({"learning_rate": float("nan")}, "--learning-rate nan: must be greater than 0"),
+    ({"learning_rate": float("inf")}, "--learning-rate inf: must be greater than 0, and finite"),
+    ({"gamma": 1.1}, "--gamma 1.1: must lie between 0 and 1"),
+    ({"gamma": float("nan")}, "--gamma nan: must lie between 0 and 1"),
+    ({"gae_lambda": -0.1}, "--gae-lambda -0.1: must lie between 0 and 1"),
+    ({"ent_coef": -0.1}, "--ent-coef -0.1: must be 0 or greater"),
+    ({"vf_coef": -1.0}, "--vf-coef -1.0: must be 0 or greater"),
+    ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: must be greater than 0"),
+    ({"rho_bar": 0.0}, "--rho-bar 0.0: must be greater than 0"),
+    ({"c_bar": -1.0}, "--c-bar -1.0: must be greater than 0"),
+    ({"tv_threshold": -0.1}, "--tv-threshold -0.1: must be 0 or greater"),
+    ({"seed": -1}, "--seed -1: must lie between"),
+    ({"seed": 2**31}, "--seed 2147483648: must lie between"),
+    ({"env_id": "HalfCheeta-v4"}, "HalfCheetah-v4"),
+    ({"env_id": "Hopper"}, "Hopper-v4"),
+    ({"env_id": "Pong-v5"}, "floating-point Box action space"),
+    ({"env_id": "CartPole-v1"}, "floating-point Box action space"),
+    ({"env_id": "Sudoku-v0"}, "floating-point Box action space"),
+    ({"env_id": ""}, "floating-point Box action space"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), BAD, ids=lambda part: str(part)[:40])
+def test_wrong_flags_are_named_with_what_to_type(flags, expected):
+    with pytest.raises(UsageError) as caught:
+        validate(Args(**flags))
+    message = str(caught.value)
+    assert expected in message and "\n" not in message
+    assert any(message.startswith(f"--{name.replace('_', '-')} ") for name in flags)
+
+
+def test_the_advice_for_minibatches_works():
+    for num_envs, num_steps, num_minibatches in ((3, 5, 4), (7, 13, 32), (16, 128, 33), (2, 2, 9)):
+        args = Args(num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches)
+        with pytest.raises(UsageError) as caught:
+            validate(args)
+        args.num_minibatches = int(str(caught.value).split()[-1])
+        validate(args)
+
+
+def test_nothing_is_started_or_written_for_wrong_flags():
+    with pytest.raises(UsageError):
+        train(Args(lag=4))
+    assert not mp.active_children() and not os.listdir(".")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lag", "4"], ["--env-id", "HalfCheeta-v4"], ["--tv-threshold", "nan"], ["--num-minibatches", "33"]]
+)
+def test_the_program_says_it_in_one_line_and_exits_with_2(flags):
+    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and not result.stdout
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"error: {flags[0]} ")
+
+
+@pytest.mark.parametrize("flags", [["--lag", "many"], ["--lag-schedule", "often"], ["--no-such-flag", "1"]])
+def test_what_is_no_flag_or_no_value_exits_with_2(flags):
+    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and flags[0].strip("-") in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,230 @@
+"""Whole runs: lag as ordered, bit-equal repetition, masks, learning, and an end without leftovers."""
+
+import math
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, processes_of_session, read_curves
+
+import vaco_async_mujoco
+from vaco_async_mujoco import Args, Rollouts, train
+
+SMALL = Args(
+    env_id="InvertedPendulum-v4",
+    total_timesteps=2500,
+    num_actors=2,
+    num_envs=4,
+    num_steps=16,
+    rollouts_per_batch=2,
+    num_minibatches=4,
+    update_epochs=2,
+)
+TAGS = {
+    "charts": {"episodic_return", "episodic_length", "learning_rate", "SPS"},
+    "losses": {"policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "explained_variance"},
+    "lag": {"versions_mean", "versions_max", "tv_backward", "tv_forward", "tv_total", "ess"},
+    "filter": {"gate_open", "dropped"},
+    "stats": {"actor_wait", "learner_wait", "rollout_time", "update_time", "queue_size"},
+}
+
+
+def state_of(agent):
+    return {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+
+
+def assert_bit_equal(first, second):
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(("schedule", "lag"), [("async", 0), ("fixed", 0), ("fixed", 2), ("mixture", 3)])
+def test_every_schedule_trains_to_the_end(schedule, lag, capsys):
+    agent = train(replace(SMALL, lag_schedule=schedule, lag=lag))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    curves = read_curves(".")
+    assert {tag for tag in curves if "/" in tag} == {f"{group}/{name}" for group in TAGS for name in TAGS[group]}
+    assert all(math.isfinite(value) for tag in curves for value in curves[tag])
+    assert curves["charts/learning_rate"][0] == pytest.approx(3e-4)
+    assert np.all(np.diff(curves["charts/learning_rate"]) < 0)
+    shares = ("filter/gate_open", "filter/dropped", "lag/ess", "stats/actor_wait", "stats/learner_wait", "lag/tv_total")
+    assert all(0 <= value <= 1 + 1e-6 for tag in shares for value in curves[tag])
+    assert max(curves["lag/versions_max"]) <= {"async": 2, "fixed": lag, "mixture": lag}[schedule]
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert "InvertedPendulum-v4" in summary and "SPS" in summary and "waited" in summary and "episodes" in summary
+    assert not mp.active_children()
+
+
+def test_zero_lag_is_on_policy():
+    train(replace(SMALL, lag_schedule="fixed", lag=0))
+    curves = read_curves(".")
+    assert set(curves["lag/versions_max"]) == {0.0}
+    assert max(curves["lag/tv_backward"]) < 1e-4 and min(curves["lag/ess"]) > 1 - 1e-6
+    np.testing.assert_allclose(curves["lag/tv_forward"], curves["lag/tv_total"], atol=1e-4)
+    assert min(curves["lag/tv_total"]) > 1e-4
+
+
+def test_fixed_lag_uses_exactly_those_versions():
+    train(replace(SMALL, lag_schedule="fixed", lag=3))
+    curves = read_curves(".")
+    expected = [min(batch, 3) for batch in range(len(curves["lag/versions_max"]))]
+    assert len(expected) > 15
+    assert curves["lag/versions_mean"] == expected and curves["lag/versions_max"] == expected
+    assert min(curves["lag/tv_backward"][1:]) > 1e-3
+
+
+class Disturber(threading.Thread):
+    """Stops one actor process after the other for a moment, with SIGSTOP, while training goes on."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.over, self.stops = threading.Event(), 0
+
+    def run(self):
+        rng = np.random.default_rng(0)
+        while not self.over.is_set():
+            actors = [process for process in mp.active_children() if process.name.startswith("actor")]
+            if actors:
+                pid = rng.choice(actors).pid
+                try:
+                    os.kill(pid, signal.SIGSTOP)
+                    time.sleep(rng.uniform(0.01, 0.1))
+                    os.kill(pid, signal.SIGCONT)
+                    self.stops += 1
+                except ProcessLookupError:  # training has just ended
+                    pass
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("schedule", "lag"), [("fixed", 0), ("fixed", 2), ("mixture", 3)])
+def test_lockstep_runs_are_bit_equal_whatever_the_actors_timing(schedule, lag):
+    args = replace(SMALL, lag_schedule=schedule, lag=lag, num_actors=3)
+    undisturbed = state_of(train(args))
+    disturber = Disturber()
+    disturber.start()
+    disturbed = state_of(train(args))
+    disturber.over.set()
+    disturber.join()
+    assert disturber.stops >= 3
+    assert_bit_equal(undisturbed, disturbed)
+    other_seed = state_of(train(replace(args, seed=2)))
+    assert not torch.equal(undisturbed["actor_mean.0.weight"], other_seed["actor_mean.0.weight"])
+
+
+def test_dummy_steps_reach_nothing(monkeypatch):
+    """Garbage in every dummy row that the learner sees changes no bit of weights or statistics."""
+    args = replace(SMALL, lag_schedule="mixture", lag=2)
+    clean = state_of(train(args))
+    batch_of, arrays_of, poisoned = Rollouts.batch, Rollouts.arrays, []
+
+    def poisoned_batch(self, slots, device):
+        batch = batch_of(self, slots, device)
+        dummy = ~batch.valid
+        batch.obs[:-1][dummy], batch.actions[dummy] = 7.0, 3.0
+        batch.logprobs[dummy], batch.rewards[dummy] = -20.0, 1e6
+        poisoned.append(int(dummy.sum()))
+        return batch
+
+    def poisoned_arrays(self, slot):
+        rollout = arrays_of(self, slot)
+        rollout.rewards = np.where(rollout.valid, rollout.rewards, 1e6)
+        return rollout
+
+    monkeypatch.setattr(Rollouts, "batch", poisoned_batch)
+    monkeypatch.setattr(Rollouts, "arrays", poisoned_arrays)
+    assert_bit_equal(clean, state_of(train(args)))
+    assert sum(poisoned) > 50
+
+
+def test_every_vaco_flag_changes_the_result():
+    args = replace(SMALL, lag_schedule="fixed", lag=2, tv_threshold=0.01)
+    variants = {
+        "base": {},
+        "no align": {"align": False},
+        "no filter": {"filter": False},
+        "anchor": {"tv_anchor": "learner"},
+        "threshold": {"tv_threshold": 0.02},
+        "rho bar": {"rho_bar": 0.9},
+        "c bar": {"c_bar": 0.9},
+        "lambda": {"gae_lambda": 0.9},
+        "normalisation": {"norm_adv": False},
+        "entropy": {"ent_coef": 0.01},
+        "value": {"vf_coef": 0.1},
+        "gradient norm": {"max_grad_norm": 0.1},
+        "learning rate": {"learning_rate": 1e-3},
+        "annealing": {"anneal_lr": False},
+    }
+    weights = [state_of(train(replace(args, **flags)))["actor_mean.0.weight"] for flags in variants.values()]
+    for i, name in enumerate(variants):
+        for j in range(i):
+            assert not torch.equal(weights[i], weights[j]), f"{name} does what {list(variants)[j]} does"
+
+
+def test_no_filter_drops_nothing_and_a_budget_of_zero_drops_much():
+    train(replace(SMALL, filter=False, tv_threshold=0.0))
+    curves = read_curves(".")
+    assert set(curves["filter/dropped"]) == {0.0}
+    os.rename("runs", "other")
+    train(replace(SMALL, tv_threshold=0.0))
+    assert 0.1 < np.mean(read_curves(".")["filter/dropped"]) < 0.9
+
+
+@pytest.mark.parametrize("env_id", ["Swimmer-v4", "Ant-v5", "FishSwim-v1", "ManipulatorBringBall-v1", "Pendulum-v1"])
+def test_any_continuous_task_runs(env_id):
+    agent = train(replace(SMALL, env_id=env_id, total_timesteps=500))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+
+
+def test_a_dead_actor_ends_the_run_and_is_named():
+    killer = threading.Timer(3.0, lambda: os.kill(mp.active_children()[0].pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(RuntimeError, match=r"actor \d died, exit code -9"):
+        train(replace(SMALL, total_timesteps=10_000_000))
+    killer.join()
+    assert not mp.active_children()
+
+
+def test_an_actors_exception_ends_the_run_with_its_traceback(monkeypatch):
+    monkeypatch.setattr(vaco_async_mujoco, "continuous_sizes", lambda env_id: (5, 1))  # the pendulum has 4
+    with pytest.raises(RuntimeError, match=r"(?s)actor \d failed:.*Traceback.*could not broadcast"):
+        train(SMALL)
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_program(end):
+    """Ctrl-C reaches all processes of a terminal; kill -9 only the learner."""
+    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", "--env-id", "Hopper-v4"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
+        line = program.stdout.readline()
+        assert line.startswith("step ")
+        assert len(processes_of_session(program.pid)) >= 5
+        (os.killpg if end == signal.SIGINT else os.kill)(program.pid, end)
+        _, errors = program.communicate(timeout=30)
+    if end == signal.SIGINT:
+        assert program.returncode == 130
+        assert errors.splitlines()[-1].startswith("interrupted") and "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while processes_of_session(program.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of_session(program.pid)
+
+
+@pytest.mark.slow
+def test_it_learns_to_balance_the_pendulum():
+    """With the sign of the loss broken, or no learning at all, returns stay under 10; a perfect one is 1000."""
+    args = replace(SMALL, total_timesteps=60_000, num_envs=8, num_steps=128, num_minibatches=32, update_epochs=10)
+    train(replace(args, lag_schedule="mixture", lag=2))
+    returns = read_curves(".")["charts/episodic_return"]
+    assert returns[0] < 30
+    assert np.mean(returns[-5:]) > 300
