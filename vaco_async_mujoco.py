@@ -20,6 +20,7 @@ advantages of the learner's policy (pi_T); (2) *filters*: when the total variati
   Rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
 """
 
+import contextlib
 import difflib
 import math
 import multiprocessing as mp
@@ -124,38 +125,33 @@ class UsageError(Exception):
     """Flags that cannot work; the message is one line that names the flag and what to type instead."""
 
 
+def check(args, name, holds, advice):
+    """Raise UsageError about the flag `name` unless `holds`."""
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+
+
 def validate(args):
     """Check all flags, before any process starts. Raises UsageError."""
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
-    rules = [(name, getattr(args, name) >= 1, "must be at least 1") for name in counts]
-    for name in ("learning_rate", "max_grad_norm", "rho_bar", "c_bar"):
-        rules.append((name, 0 < getattr(args, name) < math.inf, "must be greater than 0, and finite"))
-    for name in ("lag", "ent_coef", "vf_coef", "tv_threshold"):
-        rules.append((name, 0 <= getattr(args, name) < math.inf, "must be 0 or greater, and finite"))
-    for name in ("gamma", "gae_lambda"):
-        rules.append((name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1"))
+    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2}  # one step could be a dummy in every environment
+    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "lag": 10_000}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):
+            low, high = lowest.get(name, 0), highest.get(name, 10**12)
+            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
+    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
     nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
-    uneven = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
-    free_lag = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
-    rules += [
-        ("seed", 0 <= args.seed < 2**31, "must lie between 0 and 2147483647"),
-        ("num_steps", args.num_steps >= 2, "must be at least 2, because the step after a reset carries no data"),
-        ("lag", args.lag == 0 or args.lag_schedule != "async", free_lag),
-        ("num_minibatches", args.num_minibatches in divisors, uneven),
-    ]
-    for name, holds, advice in rules:
-        if not holds:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+    advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
+    check(args, "num_minibatches", args.num_minibatches in divisors, advice)
     if continuous_sizes(args.env_id) is None:
         similar = difflib.get_close_matches(args.env_id, envpool.list_all_envs(), n=20, cutoff=0.3)
         closest = [task for task in similar if continuous_sizes(task)][:3] or ["HalfCheetah-v4", "CheetahRun-v1"]
         advice = f"not an envpool task with a floating-point Box action space; closest: {', '.join(closest)}"
-        raise UsageError(f"--env-id {args.env_id}: {advice}")
-
-
-# Environment
+        check(args, "env_id", False, advice)
 
 
 def continuous_sizes(env_id):
@@ -239,9 +235,6 @@ class RewardScaler:
         return (rewards / math.sqrt(self.statistics.var + 1e-8)).clamp(-10, 10)
 
 
-# Policy and critic
-
-
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
@@ -292,9 +285,6 @@ class Agent(nn.Module):
         return self.get_logprob(self.actor_mean(obs), actions), entropy, self.get_value(obs)
 
 
-# The algorithm
-
-
 @torch.no_grad()
 def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, c_bar):
     """Align: critic targets v_t, and advantages A_t of the learner's policy pi_T on data of the behaviour policy beta.
@@ -343,9 +333,6 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
 def vaco_loss(ratios, advantages, keep):
     """-1/M sum_i keep_i r_i A_i over [M] samples. Dropped ones count in M, so they shorten the step (2603.01365)."""
     return -(keep * ratios * advantages).mean()
-
-
-# Shared memory
 
 
 class PolicyStore:
@@ -411,10 +398,7 @@ class Rollouts:
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields})
 
 
-# Actors
-
-
-def actor(make_agent, make_envs, noise_seed, store, rollouts, learner):
+def actor(make_agent, make_envs, seed, store, rollouts, learner):
     """An actor process: for every ticket, load one policy version and fill one slot with it.
 
     Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
@@ -423,7 +407,7 @@ def actor(make_agent, make_envs, noise_seed, store, rollouts, learner):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the learner ends actors
     torch.set_num_threads(1)
     try:
-        agent, envs, generator = make_agent(), make_envs(), torch.Generator().manual_seed(noise_seed)
+        agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
         obs = envs.reset()
         learner.send(None)
         while True:
@@ -447,9 +431,9 @@ def actor(make_agent, make_envs, noise_seed, store, rollouts, learner):
         learner.send(traceback.format_exc())
 
 
-def env_seed(args, index):
-    """First seed of an actor's environments. envpool gives environment i this seed + i, in 31 bits: the blocks of all
-    actors and (below 2^15) of all seeds are disjoint."""
+def actor_seed(args, index):
+    """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
+    bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint."""
     return (args.seed * 2**16 + index * args.num_envs) % (2**31 - 2**16)
 
 
@@ -486,18 +470,20 @@ class Actors:
         self.processes, self.connections = [], []
         for index in range(args.num_actors):
             ours, theirs = context.Pipe()
-            noise_seed = int(np.random.SeedSequence((args.seed, index)).generate_state(1)[0])
-            make_own_envs = partial(make_envs, seed=env_seed(args, index))
-            arguments = (make_agent, make_own_envs, noise_seed, store, rollouts, theirs)
+            arguments = (make_agent, make_envs, actor_seed(args, index), store, rollouts, theirs)
             self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
             self.processes[-1].start()
             theirs.close()  # so that the pipe ends with the actor
             self.connections.append(ours)
 
-    def receive(self):
+        ready = 0
+        while ready < args.num_actors:
+            ready += len(self.receive())
+
+    def receive(self, timeout=None):
         """Block until actors send something; returns a list of it. Raises RuntimeError if an actor failed or died."""
         messages = []
-        for connection in wait(self.connections):
+        for connection in wait(self.connections, timeout):
             process = self.processes[self.connections.index(connection)]
             try:
                 messages.append(connection.recv())
@@ -508,12 +494,6 @@ class Actors:
                 raise RuntimeError(f"{process.name} failed:\n{messages[-1]}")
         return messages
 
-    def start(self):
-        """Block until all actors are ready."""
-        ready = 0
-        while ready < len(self.processes):
-            ready += len(self.receive())
-
     def issue(self, newest):
         """Send out every ticket whose slot is free and whose policy version is there, `newest` being the last."""
         for index, connection in enumerate(self.connections):
@@ -523,19 +503,23 @@ class Actors:
                 version = ticket_version(self.args, rollout)
                 if slot in self.rollout_in or version > newest:
                     break
-                connection.send((slot, version))
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` tells of a dead actor
+                    connection.send((slot, version))
                 self.rollout_in[slot] = rollout
                 self.issued[index] += 1
 
     def collect(self, batch):
         """Block until the rollouts of a batch are there; returns what actors sent, in the order of training."""
         places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
-        while not all(place in self.finished for place in places):
-            for message in self.receive():
+        while True:
+            complete = all(place in self.finished for place in places)
+            messages = self.receive(timeout=0 if complete else None)
+            for message in messages:
                 place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
                 self.finished[place] = message
                 self.arrivals += 1
-        return [self.finished.pop(place) for place in places]
+            if complete and not messages:
+                return [self.finished.pop(place) for place in places]
 
     def release(self, slots):
         """The slots have been copied and may be filled again."""
@@ -583,7 +567,6 @@ def train(args):
     global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
     seconds = Counter()  # over the whole run
     try:
-        actors.start()
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
             # COLLECT a batch, copy it, and let its slots be filled again while we train
@@ -605,8 +588,8 @@ def train(args):
             rewards, terminated = reward_scaler.scale(batch.rewards), batch.terminated.float()
             dones = (batch.terminated | batch.truncated).float()
             aligned = log_ratios if args.align else torch.zeros_like(log_ratios)
-            levels = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
-            targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *levels)
+            settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
+            targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *settings)
             # Dummy steps end here: of T * N rows, the B valid ones go on
             fields = (obs[:-1], batch.actions, batch.logprobs, log_ratios.exp(), advantages, targets, values[:-1])
             fields = [field[batch.valid] for field in fields]

@@ -119,6 +119,23 @@ def test_lockstep_runs_are_bit_equal_whatever_the_actors_timing(schedule, lag):
     assert not torch.equal(undisturbed["actor_mean.0.weight"], other_seed["actor_mean.0.weight"])
 
 
+def test_actors_draw_their_own_noise(monkeypatch):
+    """At version 0 the means are almost 0, so equal noise would make equal actions."""
+    batch_of, actions = Rollouts.batch, []
+
+    def recorded_batch(self, slots, device):
+        batch = batch_of(self, slots, device)
+        actions.append(batch.actions)
+        return batch
+
+    monkeypatch.setattr(Rollouts, "batch", recorded_batch)
+    for seed in (1, 2):
+        train(replace(SMALL, lag_schedule="fixed", lag=0, num_steps=64, total_timesteps=1, seed=seed))
+    samples = [batch[:, columns].flatten().numpy() for batch in actions for columns in (slice(0, 4), slice(4, 8))]
+    correlations = np.corrcoef(samples) - np.eye(4)
+    assert np.abs(correlations).max() < 0.3
+
+
 def test_dummy_steps_reach_nothing(monkeypatch):
     """Garbage in every dummy row that the learner sees changes no bit of weights or statistics."""
     args = replace(SMALL, lag_schedule="mixture", lag=2)
