@@ -52,73 +52,49 @@ LATEST = -1  # as a ticket's version: the newest one at the moment the rollout b
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
-    seed: int = 1
-    """seed of networks, minibatches, action noise and environments"""
-    torch_deterministic: bool = True
-    """if toggled, `torch.backends.cudnn.deterministic=True`"""
-    cuda: bool = True
-    """if toggled, the learner runs on the GPU when there is one; actors act on the CPU"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of networks, minibatches, action noise and environments
+    torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
+    cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
 
-    # The job
+    # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
     env_id: str = "HalfCheetah-v4"
-    """any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ..."""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for"""
+    total_timesteps: int = 1_000_000  # environment steps to train for
 
-    # Actors: how old the data is when it arrives (backward lag)
-    num_actors: int = 4
-    """actor processes; free running, data arrives about `num_actors / rollouts_per_batch` versions old"""
-    num_envs: int = 16
-    """environments per actor"""
-    num_steps: int = 128
-    """steps per environment in one rollout"""
-    rollouts_per_batch: int = 1
-    """rollouts per batch, which then has `rollouts_per_batch * num_steps * num_envs` samples"""
+    # Actors decide how old the data is when it arrives (backward lag)
+
+    num_actors: int = 4  # actor processes; free running, data is about num_actors / rollouts_per_batch versions old
+    num_envs: int = 16  # environments per actor
+    num_steps: int = 128  # steps per environment in one rollout
+    rollouts_per_batch: int = 1  # rollouts per batch, which has rollouts_per_batch * num_steps * num_envs samples
+    # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
+    # each rollout is drawn uniformly from the last `lag + 1`
     lag_schedule: Literal["async", "fixed", "mixture"] = "async"
-    """async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version
-    of each rollout is drawn uniformly from the last `lag + 1`"""
-    lag: int = 0
-    """policy lag of the lockstep schedules, in versions; there is one version per batch"""
+    lag: int = 0  # policy lag of the lockstep schedules, in versions; there is one version per batch
 
-    # Optimisation: how far the policy moves on one batch (forward lag)
-    update_epochs: int = 10
-    """passes over each batch"""
-    num_minibatches: int = 32
-    """minibatches, that is gradient steps, per pass"""
-    learning_rate: float = 3e-4
-    """the learning rate of Adam"""
-    anneal_lr: bool = True
-    """if toggled, the learning rate falls linearly to 0 over `total_timesteps`"""
-    gamma: float = 0.99
-    """the discount factor"""
-    gae_lambda: float = 0.95
-    """the trace decay of the advantages; 1 gives IMPALA's plain V-trace"""
-    norm_adv: bool = True
-    """if toggled, advantages are normalised per minibatch, before the filter"""
-    ent_coef: float = 0.0
-    """coefficient of the entropy bonus"""
-    vf_coef: float = 0.5
-    """coefficient of the value loss"""
-    max_grad_norm: float = 0.5
-    """the largest norm of a gradient"""
+    # The number of updates decides how far the policy moves on one batch (forward lag)
 
-    # VACO
-    align: bool = True
-    """if toggled, V-trace aligns the advantages with the learner's policy; `--no-align` is GAE on stale data"""
-    rho_bar: float = 1.0
-    """V-trace: upper bound of the importance weight of a temporal difference"""
-    c_bar: float = 1.0
-    """V-trace: upper bound of the importance weight by which a trace is carried on"""
-    filter: bool = True
-    """if toggled, gradients that raise the total variation are dropped while it is over `tv_threshold`"""
+    update_epochs: int = 10  # passes over each batch
+    num_minibatches: int = 32  # minibatches, that is gradient steps, per pass
+    learning_rate: float = 3e-4  # the learning rate of Adam
+    anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
+    gamma: float = 0.99  # the discount factor
+    gae_lambda: float = 0.95  # the trace decay of the advantages; 1 gives IMPALA's plain V-trace
+    norm_adv: bool = True  # if toggled, advantages are normalised per minibatch, before the filter
+    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    vf_coef: float = 0.5  # coefficient of the value loss
+    max_grad_norm: float = 0.5  # the largest norm of a gradient
+
+    align: bool = True  # if toggled, V-trace aligns advantages with the learner's policy; --no-align: GAE on stale data
+    rho_bar: float = 1.0  # V-trace: upper bound of the importance weight of a temporal difference
+    c_bar: float = 1.0  # V-trace: upper bound of the importance weight by which a trace is carried on
+    filter: bool = True  # if toggled, gradients that raise the total variation are dropped while it is over budget
+    # the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. For the other reading in
+    # use, a budget of 0.2 on mean |pi/beta - 1|, type --tv-threshold 0.1
     tv_threshold: float = 0.2
-    """the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. For the other reading in
-    use, a budget of 0.2 on mean |pi/beta - 1|, type `--tv-threshold 0.1`"""
+    # where the total variation is measured from: behavior, the policy that acted (backward and forward lag), or
+    # learner, the policy at the batch's arrival (forward lag alone)
     tv_anchor: Literal["behavior", "learner"] = "behavior"
-    """where the total variation is measured from: behavior, the policy that acted (backward and forward lag), or
-    learner, the policy at the batch's arrival (forward lag alone)"""
 
 
 class UsageError(Exception):
@@ -172,7 +148,7 @@ def continuous_sizes(env_id):
 
 
 class ContinuousEnvs:
-    """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to [C, D].
+    """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to `obs` [C, D].
 
     envpool resets on the *next* step: the observation that comes with the end of an episode is its true last one, and
     the step after it ignores the action and returns the next episode's first observation with reward 0. That dummy step
@@ -184,23 +160,23 @@ class ContinuousEnvs:
             warnings.simplefilter("ignore")  # gymnasium's, on float64 bounds of float32 spaces
             self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
             self.action_space = self.envs.action_space
-        self.valid = np.ones(num_envs, dtype=bool)
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
+        self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
+        obs, info = self.envs.reset()
+        # An envpool built for another numpy returned the values of one environment for all of them
+        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+        self.obs = self.flatten(obs)
 
     def flatten(self, obs):
         if isinstance(obs, dict):
             return np.concatenate([self.flatten(part) for part in obs.values()], axis=1)
-        return obs.reshape(len(self.valid), -1)
+        return obs.reshape(len(self.valid), -1).astype(np.float32)
 
-    def reset(self):
-        """Start all environments; returns the observations [C, D]."""
-        obs, info = self.envs.reset()
-        # An envpool built for another numpy returned the values of one environment for all of them
-        assert np.array_equal(info["env_id"], np.arange(len(self.valid))), f"envpool mixed up: {info['env_id']}"
-        return self.flatten(obs)
+    def write_obs(self, rows, t):
+        """Write the observation before step t to the rows [T + 1, C, D] of a slot."""
+        rows[t] = self.obs
 
     def step(self, actions):
-        """Actions [C, A] -> obs [C, D], rewards, terminated, truncated [C], (return, length) of each ended episode.
+        """Actions [C, A] -> rewards, terminated, truncated [C], (return, length) of each ended episode.
 
         Clips the actions to the action space: envpool would charge the control cost of the unclipped ones.
         """
@@ -209,8 +185,8 @@ class ContinuousEnvs:
         obs, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.returns, self.lengths, done = self.returns + rewards, self.lengths + self.valid, terminated | truncated
         episodes = list(zip(self.returns[done], self.lengths[done], strict=True))
-        self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
-        return self.flatten(obs), rewards, terminated, truncated, episodes
+        self.returns[done], self.lengths[done], self.valid, self.obs = 0, 0, ~done, self.flatten(obs)
+        return rewards, terminated, truncated, episodes
 
 
 class RewardScaler:
@@ -373,20 +349,20 @@ class PolicyStore:
 
 
 class Rollouts:
-    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T (obs: T + 1), C, ...].
+    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...].
 
-    Rewards are raw, actions unclipped, log-probabilities of the version that acted; `valid` is False in dummy steps.
+    `obs` and `actions` are zeros with the shape and type that they have in one slot; obs has T + 1 steps, the last for
+    its value. Rewards are raw, actions unclipped, log-probabilities of the version that acted.
     """
 
-    def __init__(self, num_slots, num_steps, num_envs, obs_shape, obs_dtype, action_shape, action_dtype):
-        def shared(*shape, dtype=torch.float32):
-            return torch.zeros(num_slots, *shape, dtype=dtype).share_memory_()
+    def __init__(self, num_slots, obs, actions):
+        def shared(field):
+            return torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_()
 
-        self.obs = shared(num_steps + 1, num_envs, *obs_shape, dtype=obs_dtype)
-        self.actions = shared(num_steps, num_envs, *action_shape, dtype=action_dtype)
-        self.logprobs, self.rewards = shared(num_steps, num_envs), shared(num_steps, num_envs)
-        self.terminated, self.truncated, self.valid = (shared(num_steps, num_envs, dtype=torch.bool) for _ in range(3))
-        self.version = shared(dtype=torch.int64)
+        numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
+        self.obs, self.actions, self.logprobs, self.rewards = map(shared, (obs, actions, numbers, numbers))
+        self.terminated, self.truncated, self.valid = map(shared, (flags, flags, flags))  # valid: not a dummy step
+        self.version = shared(torch.tensor(0))
 
     def arrays(self, slot):
         """NumPy views of one slot, by name: cheaper to fill step by step than tensors."""
@@ -408,7 +384,6 @@ def actor(make_agent, make_envs, seed, store, rollouts, learner):
     torch.set_num_threads(1)
     try:
         agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
-        obs = envs.reset()
         learner.send(None)
         while True:
             asked = time.perf_counter()
@@ -417,13 +392,14 @@ def actor(make_agent, make_envs, seed, store, rollouts, learner):
             out, episodes = rollouts.arrays(slot), []
             out.version[...] = store.load(agent, version)
             for t in range(len(out.rewards)):
-                out.obs[t], out.valid[t] = obs, envs.valid
+                envs.write_obs(out.obs, t)
+                out.valid[t] = envs.valid
                 with torch.inference_mode():
-                    actions, logprobs = agent.act(torch.from_numpy(out.obs[t]), generator)
+                    actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
                 out.actions[t], out.logprobs[t] = actions.numpy(), logprobs.numpy()
-                obs, out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
                 episodes += ended
-            out.obs[-1] = obs
+            envs.write_obs(out.obs, t + 1)
             learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the learner is gone
@@ -556,8 +532,10 @@ def train(args):
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
     num_slots = args.num_actors * math.ceil(args.rollouts_per_batch / args.num_actors)
-    shapes = ((obs_size,), torch.float32, (action_size,), torch.float32)
-    rollouts = Rollouts(num_slots, args.num_steps, args.num_envs, *shapes)
+    one_step = torch.zeros(args.num_envs, obs_size), torch.zeros(args.num_envs, action_size)
+    rollouts = Rollouts(
+        num_slots, one_step[0].expand(args.num_steps + 1, -1, -1), one_step[1].expand(args.num_steps, -1, -1)
+    )
     actors = Actors(args, make_agent, partial(ContinuousEnvs, args.env_id, args.num_envs), store, rollouts)
 
     writer = SummaryWriter(f"runs/{run_name}")
@@ -583,8 +561,9 @@ def train(args):
             # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
             with torch.no_grad():
                 obs = agent.normalize(batch.obs)  # [T + 1, N, D]
-                values = agent.get_value(obs)  # [T + 1, N]
-                log_ratios = agent.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs  # [T, N], log pi_T/beta
+                learner_logprobs, _, values = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
+                values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
+                log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
             rewards, terminated = reward_scaler.scale(batch.rewards), batch.terminated.float()
             dones = (batch.terminated | batch.truncated).float()
             aligned = log_ratios if args.align else torch.zeros_like(log_ratios)

@@ -34,7 +34,8 @@ def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
     agent = agent or Agent(*sizes)
     store = PolicyStore(agent, num_versions=2)
     store.publish(agent, 0)
-    rollouts = Rollouts(num_rollouts, num_steps, num_envs, (sizes[0],), torch.float32, (sizes[1],), torch.float32)
+    obs, actions = torch.zeros(num_steps + 1, num_envs, sizes[0]), torch.zeros(num_steps, num_envs, sizes[1])
+    rollouts = Rollouts(num_rollouts, obs, actions)
     ours, theirs = mp.Pipe()
     make_envs = partial(ContinuousEnvs, env_id, num_envs)
     messages, threads_before = [], torch.get_num_threads()
@@ -153,12 +154,13 @@ def test_dict_observations_are_flattened():
     env_id = "HumanoidRun-v1"
     obs_size, action_size = continuous_sizes(env_id)
     envs = ContinuousEnvs(env_id, num_envs=3, seed=0)
-    obs = envs.reset()
-    assert obs.shape == (3, obs_size) == (3, 95)
+    obs = envs.obs
+    assert obs.shape == (3, obs_size) == (3, 95) and obs.dtype == np.float32
     raw = envpool.make(env_id, "gymnasium", num_envs=3, seed=0, num_threads=1).reset()[0]
-    np.testing.assert_array_equal(obs[:, :21], raw["joint_angles"])
-    np.testing.assert_array_equal(obs[:, 21], raw["head_height"])
-    assert envs.step(np.zeros((3, action_size)))[0].shape == (3, obs_size)
+    np.testing.assert_array_equal(obs[:, :21], raw["joint_angles"].astype(np.float32))
+    np.testing.assert_array_equal(obs[:, 21], raw["head_height"].astype(np.float32))
+    envs.step(np.zeros((3, action_size)))
+    assert envs.obs.shape == (3, obs_size) and not np.array_equal(envs.obs, obs)
 
 
 def test_reward_scale_is_the_deviation_of_the_discounted_return():
@@ -195,7 +197,7 @@ def test_actor_seeds_are_disjoint():
             assert not blocks & block
             blocks |= block
     args = Args(seed=1, num_actors=3, num_envs=2)
-    starts = np.concatenate([ContinuousEnvs("Hopper-v4", 2, actor_seed(args, index)).reset() for index in range(3)])
+    starts = np.concatenate([ContinuousEnvs("Hopper-v4", 2, actor_seed(args, index)).obs for index in range(3)])
     assert len(np.unique(starts, axis=0)) == 6
 
 

@@ -69,7 +69,7 @@ def test_zero_lag_is_on_policy():
     assert set(curves["lag/versions_max"]) == {0.0}
     assert max(curves["lag/tv_backward"]) < 1e-4 and min(curves["lag/ess"]) > 1 - 1e-6
     np.testing.assert_allclose(curves["lag/tv_forward"], curves["lag/tv_total"], atol=1e-4)
-    assert min(curves["lag/tv_total"]) > 1e-4
+    assert np.mean(curves["lag/tv_total"]) > 1e-3
 
 
 def test_fixed_lag_uses_exactly_those_versions():
@@ -201,7 +201,13 @@ def test_any_continuous_task_runs(env_id):
 
 
 def test_a_dead_actor_ends_the_run_and_is_named():
-    killer = threading.Timer(3.0, lambda: os.kill(mp.active_children()[0].pid, signal.SIGKILL))
+    def kill_one():
+        while not mp.active_children():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(mp.active_children()[-1].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
     killer.start()
     with pytest.raises(RuntimeError, match=r"actor \d died, exit code -9"):
         train(replace(SMALL, total_timesteps=10_000_000))
