@@ -25,6 +25,7 @@ import difflib
 import math
 import multiprocessing as mp
 import os
+import re
 import signal
 import sys
 import time
@@ -110,8 +111,9 @@ def check(args, name, holds, advice):
 def validate(args):
     """Check all flags, before any process starts. Raises UsageError."""
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
-    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2}  # one step could be a dummy in every environment
-    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "lag": 10_000}
+    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
+    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
+    highest |= {"rollouts_per_batch": 1024, "lag": 10_000}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -119,15 +121,21 @@ def validate(args):
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
+    check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
     nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
     advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
     check(args, "num_minibatches", args.num_minibatches in divisors, advice)
     if continuous_sizes(args.env_id) is None:
-        similar = difflib.get_close_matches(args.env_id, envpool.list_all_envs(), n=20, cutoff=0.3)
-        closest = [task for task in similar if continuous_sizes(task)][:3] or ["HalfCheetah-v4", "CheetahRun-v1"]
-        advice = f"not an envpool task with a floating-point Box action space; closest: {', '.join(closest)}"
-        check(args, "env_id", False, advice)
+        advice = "not an envpool task with a floating-point Box action space"
+        check(args, "env_id", False, f"{advice}; closest: {', '.join(closest_tasks(args.env_id, continuous_sizes))}")
+
+
+def closest_tasks(env_id, supported):
+    """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
+    tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
+    similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
+    return [tasks[name] for name in similar if supported(tasks[name])][:3]
 
 
 def continuous_sizes(env_id):
@@ -151,15 +159,12 @@ class ContinuousEnvs:
     """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to `obs` [C, D].
 
     envpool resets on the *next* step: the observation that comes with the end of an episode is its true last one, and
-    the step after it ignores the action and returns the next episode's first observation with reward 0. That dummy step
-    is no data: `valid` [C] is False where the coming step is one. Environment i is seeded with seed + i.
+    the step after it ignores the action and returns the first observation of the next episode. That dummy step
+    is no data, whatever its reward: `valid` [C] is False where the coming step is one. Environment i has seed + i.
     """
 
     def __init__(self, env_id, num_envs, seed):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gymnasium's, on float64 bounds of float32 spaces
-            self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
-            self.action_space = self.envs.action_space
+        self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
         obs, info = self.envs.reset()
         # An envpool built for another numpy returned the values of one environment for all of them
@@ -171,21 +176,22 @@ class ContinuousEnvs:
             return np.concatenate([self.flatten(part) for part in obs.values()], axis=1)
         return obs.reshape(len(self.valid), -1).astype(np.float32)
 
-    def write_obs(self, rows, t):
-        """Write the observation before step t to the rows [T + 1, C, D] of a slot."""
-        rows[t] = self.obs
+    def write_obs(self, out, t):
+        """Write the observation before step t to a slot (`Rollouts.arrays`), in the form in which it is kept."""
+        out.obs[t] = self.obs
 
     def step(self, actions):
         """Actions [C, A] -> rewards, terminated, truncated [C], (return, length) of each ended episode.
 
         Clips the actions to the action space: envpool would charge the control cost of the unclipped ones.
         """
-        space = self.action_space
+        space = self.envs.action_space
         actions = np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
         obs, rewards, terminated, truncated, _ = self.envs.step(actions)
-        self.returns, self.lengths, done = self.returns + rewards, self.lengths + self.valid, terminated | truncated
+        self.returns, self.lengths = self.returns + rewards * self.valid, self.lengths + self.valid
+        self.obs, done = self.flatten(obs), terminated | truncated
         episodes = list(zip(self.returns[done], self.lengths[done], strict=True))
-        self.returns[done], self.lengths[done], self.valid, self.obs = 0, 0, ~done, self.flatten(obs)
+        self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
         return rewards, terminated, truncated, episodes
 
 
@@ -238,7 +244,7 @@ class Agent(nn.Module):
         self.register_buffer("obs_var", torch.ones(obs_size))
 
     def normalize(self, obs):
-        """Raw to normalised observations [..., D], which the other methods take, except `act`."""
+        """Raw to normalised observations [..., D], which all methods take but `act`."""
         return ((obs - self.obs_mean) / torch.sqrt(self.obs_var + 1e-8)).clamp(-10, 10)
 
     def get_value(self, obs):
@@ -308,14 +314,15 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
 
 def vaco_loss(ratios, advantages, keep):
     """-1/M sum_i keep_i r_i A_i over [M] samples. Dropped ones count in M, so they shorten the step (2603.01365)."""
-    return -(keep * ratios * advantages).mean()
+    return -torch.where(keep, ratios * advantages, 0).mean()
 
 
 class PolicyStore:
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
     One writer (the learner), many readers, and no lock that a killed process could leave taken: the stamp of a row is
-    away while the row is written, and a reader's copy counts only if the stamp was right before and after copying.
+    away while the row is written, and a reader's copy counts only if the stamp was right before and after copying. That
+    relies on stores becoming visible in their order, as on x86.
     """
 
     def __init__(self, agent, num_versions):
@@ -380,8 +387,10 @@ def actor(make_agent, make_envs, seed, store, rollouts, learner):
     Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
     [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the learner ends actors
     torch.set_num_threads(1)
+    warnings.filterwarnings(
+        "ignore", message=".*precision lowered.*"
+    )  # gymnasium's, on float64 bounds of float32 spaces
     try:
         agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
         learner.send(None)
@@ -392,16 +401,15 @@ def actor(make_agent, make_envs, seed, store, rollouts, learner):
             out, episodes = rollouts.arrays(slot), []
             out.version[...] = store.load(agent, version)
             for t in range(len(out.rewards)):
-                envs.write_obs(out.obs, t)
-                out.valid[t] = envs.valid
+                envs.write_obs(out, t)
                 with torch.inference_mode():
                     actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
-                out.actions[t], out.logprobs[t] = actions.numpy(), logprobs.numpy()
+                out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
                 out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
                 episodes += ended
-            envs.write_obs(out.obs, t + 1)
+            envs.write_obs(out, t + 1)
             learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, ConnectionError):
         pass  # the learner is gone
     except Exception:
         learner.send(traceback.format_exc())
@@ -410,7 +418,7 @@ def actor(make_agent, make_envs, seed, store, rollouts, learner):
 def actor_seed(args, index):
     """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
     bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint."""
-    return (args.seed * 2**16 + index * args.num_envs) % (2**31 - 2**16)
+    return (args.seed * 2**16 + index * args.num_envs) % 2**31
 
 
 def ticket_version(args, rollout):
@@ -433,27 +441,32 @@ class Actors:
     that nothing depends on timing; async, of the R that were finished first.
     """
 
-    def __init__(self, args, make_agent, make_envs, store, rollouts):
-        self.args, self.slots_per_actor = args, len(rollouts.version) // args.num_actors
+    def __init__(self, args, slots_per_actor):
+        self.args, self.slots_per_actor = args, slots_per_actor
         self.issued = [0] * args.num_actors  # tickets given to each actor so far
         self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
         self.finished = {}  # place in the order of training -> what the actor sent
         self.arrivals = 0
+        self.processes, self.connections = [], []
+
+    def start(self, make_agent, make_envs, store, rollouts):
+        """Start the actors, with the arguments of `actor`, and block until all are ready."""
         # forkserver copies a process that has imported everything and touched neither CUDA nor threads: actors start
         # many times sooner than by spawn (for where there is no forkserver), in a fraction of the memory
         context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
-        self.processes, self.connections = [], []
-        for index in range(args.num_actors):
+        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for index in range(self.args.num_actors):
             ours, theirs = context.Pipe()
-            arguments = (make_agent, make_envs, actor_seed(args, index), store, rollouts, theirs)
+            arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
             self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
             self.processes[-1].start()
             theirs.close()  # so that the pipe ends with the actor
             self.connections.append(ours)
-
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         ready = 0
-        while ready < args.num_actors:
+        while ready < self.args.num_actors:
             ready += len(self.receive())
 
     def receive(self, timeout=None):
@@ -463,15 +476,18 @@ class Actors:
             process = self.processes[self.connections.index(connection)]
             try:
                 messages.append(connection.recv())
-            except (EOFError, ConnectionResetError):
+            except (EOFError, ConnectionError):
                 process.join(10)
                 raise RuntimeError(f"{process.name} died, exit code {process.exitcode} (-n: signal n)") from None
             if isinstance(messages[-1], str):
                 raise RuntimeError(f"{process.name} failed:\n{messages[-1]}")
         return messages
 
-    def issue(self, newest):
-        """Send out every ticket whose slot is free and whose policy version is there, `newest` being the last."""
+    def issue(self, newest, freed=()):
+        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
+        slots that have been copied and may be filled again."""
+        for slot in freed:
+            self.rollout_in.pop(slot)
         for index, connection in enumerate(self.connections):
             while True:
                 rollout = index + self.issued[index] * self.args.num_actors
@@ -479,7 +495,7 @@ class Actors:
                 version = ticket_version(self.args, rollout)
                 if slot in self.rollout_in or version > newest:
                     break
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` tells of a dead actor
+                with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
                     connection.send((slot, version))
                 self.rollout_in[slot] = rollout
                 self.issued[index] += 1
@@ -497,11 +513,6 @@ class Actors:
             if complete and not messages:
                 return [self.finished.pop(place) for place in places]
 
-    def release(self, slots):
-        """The slots have been copied and may be filled again."""
-        for slot in slots:
-            self.rollout_in.pop(slot)
-
     def stop(self):
         """End the actors at once: they hold nothing worth waiting for."""
         for process in self.processes:
@@ -511,10 +522,8 @@ class Actors:
 
 
 def train(args):
-    """Train an agent and return it: all that a run does, from the flags (`Args`) to the summary line.
-
-    Raises UsageError if the flags cannot work, RuntimeError if an actor failed or died.
-    """
+    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
+    flags cannot work, RuntimeError if an actor or the arithmetic failed."""
     validate(args)
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     torch.manual_seed(args.seed)
@@ -531,12 +540,10 @@ def train(args):
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
-    num_slots = args.num_actors * math.ceil(args.rollouts_per_batch / args.num_actors)
-    one_step = torch.zeros(args.num_envs, obs_size), torch.zeros(args.num_envs, action_size)
-    rollouts = Rollouts(
-        num_slots, one_step[0].expand(args.num_steps + 1, -1, -1), one_step[1].expand(args.num_steps, -1, -1)
-    )
-    actors = Actors(args, make_agent, partial(ContinuousEnvs, args.env_id, args.num_envs), store, rollouts)
+    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
+    obs = torch.zeros(args.num_steps + 1, args.num_envs, obs_size)
+    rollouts = Rollouts(args.num_actors * slots_per_actor, obs, torch.zeros(args.num_steps, args.num_envs, action_size))
+    actors = Actors(args, slots_per_actor)
 
     writer = SummaryWriter(f"runs/{run_name}")
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
@@ -545,34 +552,43 @@ def train(args):
     global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
     seconds = Counter()  # over the whole run
     try:
+        actors.start(make_agent, partial(ContinuousEnvs, args.env_id, args.num_envs), store, rollouts)
+        actors.issue(newest=0)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
             # COLLECT a batch, copy it, and let its slots be filled again while we train
-            actors.issue(newest=version)
+            asked = time.perf_counter()
             slots, ended, waits, acts = map(list, zip(*actors.collect(batch=version), strict=True))
-            learner_wait = time.perf_counter() - batch_time
+            learner_wait = time.perf_counter() - asked
             batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
             lags = (version - rollouts.version[slots]).float()  # [R]
             for slot in slots:
-                reward_scaler.update(slot // actors.slots_per_actor, rollouts.arrays(slot))
-            actors.release(slots)
-            actors.issue(newest=version)
+                reward_scaler.update(slot // slots_per_actor, rollouts.arrays(slot))
+            actors.issue(newest=version, freed=slots)
 
             # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
             with torch.no_grad():
                 obs = agent.normalize(batch.obs)  # [T + 1, N, D]
                 learner_logprobs, _, values = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
                 values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
-                log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
-            rewards, terminated = reward_scaler.scale(batch.rewards), batch.terminated.float()
-            dones = (batch.terminated | batch.truncated).float()
-            aligned = log_ratios if args.align else torch.zeros_like(log_ratios)
+                learner_log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
+            rewards, terminated = reward_scaler.scale(batch.rewards), batch.terminated.float()  # [T, N]
+            dones = (batch.terminated | batch.truncated).float()  # [T, N]
+            aligned = learner_log_ratios if args.align else torch.zeros_like(learner_log_ratios)
             settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
-            targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *settings)
-            # Dummy steps end here: of T * N rows, the B valid ones go on
-            fields = (obs[:-1], batch.actions, batch.logprobs, log_ratios.exp(), advantages, targets, values[:-1])
+            targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *settings)  # [T, N]
+            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
+            fields = (
+                obs[:-1],
+                batch.actions,
+                batch.logprobs,
+                learner_log_ratios.exp(),
+                advantages,
+                targets,
+                values[:-1],
+            )
             fields = [field[batch.valid] for field in fields]
-            b_obs, b_actions, b_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = fields
+            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = fields
 
             # FILTER: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -582,15 +598,14 @@ def train(args):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
                     newlogprobs, entropy, newvalues = agent.evaluate(b_obs[mb], b_actions[mb])
-                    log_ratios = newlogprobs - b_logprobs[mb]
-                    ratios, mb_advantages = log_ratios.exp(), b_advantages[mb]  # pi/beta
+                    log_ratios = newlogprobs - b_behavior_logprobs[mb]  # [M]
+                    ratios, mb_advantages = log_ratios.exp(), b_advantages[mb]  # [M], pi/beta
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
                         mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
                     anchor_ratios = b_learner_ratios[mb] if args.tv_anchor == "learner" else None
                     keep, tv = tv_filter(ratios.detach(), mb_advantages, args.tv_threshold, anchor_ratios)
-                    if not args.filter:
-                        keep = torch.ones_like(keep)
+                    keep = keep | (not args.filter)
                     policy_loss = vaco_loss(ratios, mb_advantages, keep)
                     value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
@@ -612,20 +627,26 @@ def train(args):
                         updates.append(update)
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
+            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            if not all(map(math.isfinite, means.values())):
+                raise RuntimeError(f"not finite in the batch after step {global_step}, version {version}: {means}")
             with torch.no_grad():
-                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_logprobs).exp()  # [B], pi/beta
+                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
             obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
             agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
             agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
             version += 1
             store.publish(agent, version)
+            actors.issue(newest=version)
             global_step += len(b_obs)
 
             # LOG, against environment steps
             now = time.perf_counter()
             batch_seconds, batch_time = now - batch_time, now
-            seconds.update(learner_wait=learner_wait, actor_wait=sum(waits), acting=sum(acts), total=batch_seconds)
-            scalars = {
+            seconds.update(
+                learner_wait=learner_wait, actor_wait=sum(waits), actors=sum(waits + acts), total=batch_seconds
+            )
+            scalars = means | {
                 "charts/learning_rate": lr,
                 "charts/SPS": global_step / seconds["total"],
                 "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
@@ -636,37 +657,34 @@ def train(args):
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
                 "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
                 "stats/learner_wait": learner_wait / batch_seconds,
-                "stats/actor_wait": sum(waits) / (sum(waits) + sum(acts)),
+                "stats/actor_wait": sum(waits) / sum(waits + acts),
                 "stats/rollout_time": sum(acts) / len(acts),
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
-            scalars |= {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
             episodes = [episode for part in ended for episode in part]
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
                 last_returns.extend(episode_return for episode_return, _ in episodes)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, global_step)
-            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no episode ended yet"
+            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
             lag, tv, dropped = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "filter/dropped"))
             status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, dropped {dropped:.1%}"
             progress.set_postfix_str(status, refresh=False)
             progress.update(min(global_step, args.total_timesteps) - progress.n)
+            sps = f"{scalars['charts/SPS']:.0f} SPS"
             if progress.disable and now >= next_line:
-                sps = f"{scalars['charts/SPS']:.0f} SPS"
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
     finally:
         actors.stop()
         progress.close()
         writer.close()
-    learner_waited = seconds["learner_wait"] / seconds["total"]
-    actors_waited = seconds["actor_wait"] / (seconds["actor_wait"] + seconds["acting"])
     print(
-        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, "
-        f"{global_step / seconds['total']:.0f} SPS; {recent} (last {len(last_returns)} episodes); "
-        f"learner waited {learner_waited:.1%}, actors {actors_waited:.1%} of the time; logs in runs/{run_name}"
+        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
+        f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
+        f"actors {seconds['actor_wait'] / seconds['actors']:.1%}; logs in runs/{run_name}"
     )
     return agent
 
