@@ -15,12 +15,12 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def read_curves(folder):
-    """The only run under `folder`/runs as {tag: [values in order]}."""
+def read_curves(folder, field="value"):
+    """The only run under `folder`/runs as {tag: [values in order]}; field="step" gives their places on the x-axis."""
     (run,) = (Path(folder) / "runs").iterdir()
     events = EventAccumulator(str(run))
     events.Reload()
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [getattr(event, field) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def processes_of_session(session):

@@ -1,11 +1,13 @@
 """Wrong input: one line that names the flag and what to type, exit code 2, before anything is started."""
 
+import dataclasses
 import multiprocessing as mp
 import os
 import subprocess
 import sys
 
 import pytest
+import tyro
 from conftest import REPOSITORY
 
 from vaco_async_mujoco import Args, UsageError, train, validate
@@ -60,6 +62,17 @@ def test_wrong_flags_are_named_with_what_to_type(flags, expected):
     message = str(caught.value)
     assert expected in message and "\n" not in message
     assert any(message.startswith(f"--{name.replace('_', '-')} ") for name in flags)
+
+
+def test_every_flag_has_a_help_text(capsys):
+    with pytest.raises(SystemExit) as caught:
+        tyro.cli(Args, args=["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(Args):
+        _, _, rest = text.partition(f" --{field.name.replace('_', '-')}")
+        help_text, _, _ = rest.partition("(default:")
+        assert len(help_text.split()) > 2, f"--{field.name} has no help text"
 
 
 def test_the_advice_for_minibatches_works():

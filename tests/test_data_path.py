@@ -148,6 +148,31 @@ def test_actions_are_stored_unclipped_and_clipped_for_the_environment():
         np.testing.assert_allclose(rollouts.rewards[0, t].numpy(), rewards, rtol=1e-6)
 
 
+def test_observations_are_normalised_with_the_statistics_of_the_version_and_clipped():
+    agent = Agent(2, 1)
+    agent.obs_mean.copy_(torch.tensor([1.0, -1.0]))
+    agent.obs_var.copy_(torch.tensor([4.0, 0.25]))
+    torch.testing.assert_close(
+        agent.normalize(torch.tensor([[3.0, 0.0], [1e6, -1e6]])), torch.tensor([[1.0, 2], [10, -10]])
+    )
+
+
+def test_returns_leave_the_dummy_step_out_where_it_pays():
+    """dm_control pays for the reset state in the dummy step."""
+    envs = ContinuousEnvs("CartpoleBalance-v1", num_envs=2, seed=0)
+    rng, total, dummy_rewards, episodes = np.random.default_rng(0), np.zeros(2), [], []
+    for _ in range(2010):
+        valid = envs.valid.copy()
+        rewards, terminated, truncated, ended = envs.step(rng.uniform(-1, 1, (2, 1)))
+        total += np.where(valid, rewards, 0)
+        dummy_rewards += list(rewards[~valid])
+        if ended:
+            np.testing.assert_allclose([episode_return for episode_return, _ in ended], total, rtol=1e-6)
+            assert all(length == 1000 for _, length in ended) and (terminated | truncated).all()
+            episodes, total = episodes + ended, np.zeros(2)
+    assert len(episodes) == 4 and max(dummy_rewards) > 0
+
+
 def test_dict_observations_are_flattened():
     env_id = "HumanoidRun-v1"
     obs_size, action_size = continuous_sizes(env_id)

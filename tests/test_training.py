@@ -16,7 +16,7 @@ import torch
 from conftest import REPOSITORY, processes_of_session, read_curves
 
 import vaco_async_mujoco
-from vaco_async_mujoco import Args, Rollouts, train
+from vaco_async_mujoco import Args, PolicyStore, Rollouts, continuous_sizes, train
 
 SMALL = Args(
     env_id="InvertedPendulum-v4",
@@ -137,7 +137,8 @@ def test_actors_draw_their_own_noise(monkeypatch):
 
 
 def test_dummy_steps_reach_nothing(monkeypatch):
-    """Garbage in every dummy row that the learner sees changes no bit of weights or statistics."""
+    """Garbage in every dummy row that the learner sees changes no bit of weights or statistics. (Their observations may
+    be garbage only because no episode is truncated here: a truncated one is bootstrapped from the dummy row's.)"""
     args = replace(SMALL, lag_schedule="mixture", lag=2)
     clean = state_of(train(args))
     batch_of, arrays_of, poisoned = Rollouts.batch, Rollouts.arrays, []
@@ -183,6 +184,91 @@ def test_every_vaco_flag_changes_the_result():
     for i, name in enumerate(variants):
         for j in range(i):
             assert not torch.equal(weights[i], weights[j]), f"{name} does what {list(variants)[j]} does"
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v4", "Pendulum-v1"])  # ends by termination, by truncation
+def test_train_computes_what_it_logs_from_the_right_rows(env_id, monkeypatch):
+    """Every input of the algorithm and every logged number, recomputed from the recorded batches and versions."""
+    batches, versions, aligned, filtered = [], {}, [], []
+    record = {
+        (Rollouts, "batch"): lambda result, *_: batches.append(result),
+        (PolicyStore, "publish"): lambda _, self, agent, version: versions.update({version: state_of(agent)}),
+        (vaco_async_mujoco, "vtrace"): lambda result, *inputs: aligned.append((inputs, result)),
+        (vaco_async_mujoco, "tv_filter"): lambda result, *inputs: filtered.append((inputs, result)),
+    }
+
+    def recorded(function, note):
+        def wrapper(*inputs):
+            result = function(*inputs)
+            note(result, *inputs)
+            return result
+
+        return wrapper
+
+    for (owner, name), note in record.items():
+        monkeypatch.setattr(owner, name, recorded(getattr(owner, name), note))
+    args = replace(SMALL, env_id=env_id, lag_schedule="fixed", lag=1, num_steps=205, num_minibatches=5)
+    train(replace(args, total_timesteps=4500, tv_threshold=0.02))
+    curves, steps = read_curves("."), read_curves(".", field="step")
+    assert len(batches) >= 3 and (env_id != "Pendulum-v1" or sum(batch.truncated.sum() for batch in batches) > 0)
+
+    now, past = (vaco_async_mujoco.Agent(*continuous_sizes(env_id)) for _ in range(2))
+    seen_obs, seen_steps = [], 0
+    per_batch = args.update_epochs * args.num_minibatches
+    for v, batch in enumerate(batches):
+        past.load_state_dict(versions[v])
+        now.load_state_dict(versions[v + 1] | {name: versions[v][name] for name in ("obs_mean", "obs_var")})
+        with torch.no_grad():
+            obs = past.normalize(batch.obs)
+            learner = past.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs
+            final = ((now.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs).exp())[batch.valid]
+            values = past.get_value(obs)
+        (log_ratios, rewards, given_values, terminated, dones, *settings), (targets, _) = aligned[v]
+        torch.testing.assert_close(log_ratios, learner, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(given_values, values, atol=1e-4, rtol=1e-4)
+        assert torch.equal(terminated, batch.terminated.float())
+        assert torch.equal(dones, (batch.terminated | batch.truncated).float())
+        scale = (batch.rewards / rewards)[batch.valid & (rewards.abs() < 10)]
+        assert scale.std() < 1e-4 * scale.mean() and settings == [0.99, 0.95, 1.0, 1.0]
+
+        calls = filtered[v * per_batch : (v + 1) * per_batch]
+        sizes = [len(ratios) for (ratios, *_), _ in calls]
+        assert sum(sizes) == args.update_epochs * batch.valid.sum() and max(sizes) - min(sizes) <= 1
+        for (_, mb_advantages, threshold, anchors), _ in calls:
+            assert abs(mb_advantages.mean()) < 1e-5 and abs(mb_advantages.std(correction=0) - 1) < 1e-3
+            assert threshold == 0.02 and anchors is None
+
+        valid, rho = batch.valid, learner[batch.valid].exp()
+        seen_obs.append(batch.obs[:-1][valid].double())
+        seen_steps += int(valid.sum())
+        all_obs = torch.cat(seen_obs)
+        torch.testing.assert_close(versions[v + 1]["obs_mean"], all_obs.mean(0).float(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            versions[v + 1]["obs_var"], all_obs.var(0, correction=0).float(), atol=1e-4, rtol=1e-3
+        )
+        mean = torch.stack
+        expected = {
+            "lag/tv_backward": 0.5 * (rho - 1).abs().mean(),
+            "lag/tv_forward": 0.5 * (final - rho).abs().mean(),
+            "lag/tv_total": 0.5 * (final - 1).abs().mean(),
+            "lag/ess": rho.sum() ** 2 / (len(rho) * (rho**2).sum()),
+            "losses/explained_variance": 1 - (targets - given_values[:-1])[valid].var() / targets[valid].var(),
+            "losses/old_approx_kl": mean([-ratios.log().mean() for (ratios, *_), _ in calls]).mean(),
+            "losses/approx_kl": mean([(ratios - 1 - ratios.log()).mean() for (ratios, *_), _ in calls]).mean(),
+            "losses/policy_loss": mean([-(keep * r * a).mean() for (r, a, *_), (keep, _) in calls]).mean(),
+            "filter/gate_open": mean([(tv > 0.02).float() for _, (_, tv) in calls]).mean(),
+            "filter/dropped": mean([1 - keep.float().mean() for _, (keep, _) in calls]).mean(),
+            "charts/learning_rate": 3e-4 * (1 - (steps["charts/SPS"][v - 1] if v else 0) / 4500),
+        }
+        for tag, value in expected.items():
+            assert curves[tag][v] == pytest.approx(float(value), rel=2e-3, abs=2e-5), (tag, v)
+        assert steps["charts/SPS"][v] == seen_steps
+
+
+def test_a_result_that_is_not_finite_stops_the_run():
+    with pytest.raises(RuntimeError, match="not finite"):
+        train(replace(SMALL, learning_rate=1e12, max_grad_norm=1e12))
+    assert not mp.active_children()
 
 
 def test_no_filter_drops_nothing_and_a_budget_of_zero_drops_much():
