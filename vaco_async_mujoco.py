@@ -32,7 +32,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from types import SimpleNamespace
@@ -320,9 +320,8 @@ def vaco_loss(ratios, advantages, keep):
 class PolicyStore:
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
-    One writer (the learner), many readers, and no lock that a killed process could leave taken: the stamp of a row is
-    away while the row is written, and a reader's copy counts only if the stamp was right before and after copying. That
-    relies on stores becoming visible in their order, as on x86.
+    One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
+    the row is written, and a copy counts if the stamp was right before and after it (on x86, stores appear in order).
     """
 
     def __init__(self, agent, num_versions):
@@ -356,20 +355,21 @@ class PolicyStore:
 
 
 class Rollouts:
-    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...].
+    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
+    observations (a step more, for the last value) are given as zeros in the shape and type of one slot. Rewards are
+    raw, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
 
-    `obs` and `actions` are zeros with the shape and type that they have in one slot; obs has T + 1 steps, the last for
-    its value. Rewards are raw, actions unclipped, log-probabilities of the version that acted.
-    """
-
-    def __init__(self, num_slots, obs, actions):
-        def shared(field):
-            return torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_()
-
+    def __init__(self, num_slots, actions, **observations):
         numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
-        self.obs, self.actions, self.logprobs, self.rewards = map(shared, (obs, actions, numbers, numbers))
-        self.terminated, self.truncated, self.valid = map(shared, (flags, flags, flags))  # valid: not a dummy step
-        self.version = shared(torch.tensor(0))
+        fields = observations | {
+            "actions": actions,
+            "logprobs": numbers,
+            "rewards": numbers,
+            "version": torch.tensor(0),
+        }
+        fields |= {"terminated": flags, "truncated": flags, "valid": flags}
+        for name, field in fields.items():
+            setattr(self, name, torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_())
 
     def arrays(self, slot):
         """NumPy views of one slot, by name: cheaper to fill step by step than tensors."""
@@ -377,8 +377,8 @@ class Rollouts:
 
     def batch(self, slots, device):
         """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
-        fields = [(name, tensor) for name, tensor in vars(self).items() if name != "version"]
-        return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields})
+        fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
+        return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
 
 def actor(make_agent, make_envs, seed, store, rollouts, learner):
@@ -442,17 +442,15 @@ class Actors:
     """
 
     def __init__(self, args, slots_per_actor):
-        self.args, self.slots_per_actor = args, slots_per_actor
+        self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, 0
         self.issued = [0] * args.num_actors  # tickets given to each actor so far
         self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
         self.finished = {}  # place in the order of training -> what the actor sent
-        self.arrivals = 0
         self.processes, self.connections = [], []
 
     def start(self, make_agent, make_envs, store, rollouts):
         """Start the actors, with the arguments of `actor`, and block until all are ready."""
-        # forkserver copies a process that has imported everything and touched neither CUDA nor threads: actors start
-        # many times sooner than by spawn (for where there is no forkserver), in a fraction of the memory
+        # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
         # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner
@@ -541,18 +539,19 @@ def train(args):
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
     slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
-    obs = torch.zeros(args.num_steps + 1, args.num_envs, obs_size)
-    rollouts = Rollouts(args.num_actors * slots_per_actor, obs, torch.zeros(args.num_steps, args.num_envs, action_size))
+    T, C = args.num_steps, args.num_envs
+    fields = {"obs": torch.zeros(T + 1, C, obs_size), "actions": torch.zeros(T, C, action_size)}
+    rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
     actors = Actors(args, slots_per_actor)
 
     writer = SummaryWriter(f"runs/{run_name}")
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     progress = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
     seconds = Counter()  # over the whole run
     try:
-        actors.start(make_agent, partial(ContinuousEnvs, args.env_id, args.num_envs), store, rollouts)
+        actors.start(make_agent, partial(ContinuousEnvs, args.env_id, C), store, rollouts)
         actors.issue(newest=0)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
@@ -578,17 +577,9 @@ def train(args):
             settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
             targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *settings)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            fields = (
-                obs[:-1],
-                batch.actions,
-                batch.logprobs,
-                learner_log_ratios.exp(),
-                advantages,
-                targets,
-                values[:-1],
-            )
-            fields = [field[batch.valid] for field in fields]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = fields
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets, values[:-1])
+            rows = [row[batch.valid] for row in rows]
+            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = rows
 
             # FILTER: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -643,9 +634,7 @@ def train(args):
             # LOG, against environment steps
             now = time.perf_counter()
             batch_seconds, batch_time = now - batch_time, now
-            seconds.update(
-                learner_wait=learner_wait, actor_wait=sum(waits), actors=sum(waits + acts), total=batch_seconds
-            )
+            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
             scalars = means | {
                 "charts/learning_rate": lr,
                 "charts/SPS": global_step / seconds["total"],
@@ -684,7 +673,7 @@ def train(args):
     print(
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
         f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
-        f"actors {seconds['actor_wait'] / seconds['actors']:.1%}; logs in runs/{run_name}"
+        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in runs/{run_name}"
     )
     return agent
 

@@ -35,7 +35,7 @@ def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
     store = PolicyStore(agent, num_versions=2)
     store.publish(agent, 0)
     obs, actions = torch.zeros(num_steps + 1, num_envs, sizes[0]), torch.zeros(num_steps, num_envs, sizes[1])
-    rollouts = Rollouts(num_rollouts, obs, actions)
+    rollouts = Rollouts(num_rollouts, obs=obs, actions=actions)
     ours, theirs = mp.Pipe()
     make_envs = partial(ContinuousEnvs, env_id, num_envs)
     messages, threads_before = [], torch.get_num_threads()

@@ -1,0 +1,371 @@
+"""The baselines' losses by hand, with their gradients; what they have in common with VACO; both domains end to end."""
+
+import multiprocessing as mp
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import envpool
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, read_curves
+from test_algorithm import make_columns, vtrace_by_definition
+
+import impala_baseline
+import ppo_async_baseline as ppo
+from ppo_async_baseline import AtariEnvs, gae, stack_frames
+
+SMALL = {
+    "env_id": "InvertedPendulum-v4",
+    "total_timesteps": 1500,
+    "num_actors": 2,
+    "num_envs": 4,
+    "num_steps": 16,
+    "rollouts_per_batch": 2,
+    "num_minibatches": 4,
+    "update_epochs": 2,
+}
+SMALL_ATARI = {
+    "env_id": "Breakout-v5",
+    "total_timesteps": 200,
+    "num_actors": 2,
+    "num_envs": 2,
+    "num_steps": 16,
+    "rollouts_per_batch": 2,
+    "num_minibatches": 2,
+    "update_epochs": 1,
+}
+RATIOS = [0.5, 0.85, 1.0, 1.15, 1.5, 0.5, 0.85, 1.0, 1.15, 1.5]
+ADVANTAGES = [2.0, 1.0, 1.0, 1.0, 3.0, -2.0, -1.0, -1.0, -1.0, -3.0]
+
+
+def ratios_and_advantages():
+    return torch.tensor(RATIOS, dtype=torch.float64, requires_grad=True), torch.tensor(ADVANTAGES, dtype=torch.float64)
+
+
+def state_of(agent):
+    return {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+
+
+def test_clip_loss_by_hand_and_its_gradient_is_zero_exactly_where_clipping_binds():
+    ratios, advantages = ratios_and_advantages()
+    loss = ppo.clip_loss(ratios, advantages, 0.2)
+    per_sample = [min(r * a, float(np.clip(r, 0.8, 1.2)) * a) for r, a in zip(RATIOS, ADVANTAGES, strict=True)]
+    assert loss.item() == pytest.approx(-np.mean(per_sample))
+    loss.backward()
+    binds = [(a > 0 and r > 1.2) or (a < 0 and r < 0.8) for r, a in zip(RATIOS, ADVANTAGES, strict=True)]
+    expected = [0.0 if b else -a / 10 for b, a in zip(binds, ADVANTAGES, strict=True)]
+    np.testing.assert_allclose(ratios.grad.numpy(), expected)
+    assert sum(binds) == 2
+
+
+def test_kl_loss_by_hand_and_its_gradient():
+    ratios, advantages = ratios_and_advantages()
+    loss = ppo.kl_loss(ratios, ratios.log(), advantages, 0.7)
+    expected = np.mean([-r * a + 0.7 * (r - 1 - np.log(r)) for r, a in zip(RATIOS, ADVANTAGES, strict=True)])
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    gradient = [(-a + 0.7 * (1 - 1 / r)) / 10 for r, a in zip(RATIOS, ADVANTAGES, strict=True)]
+    np.testing.assert_allclose(ratios.grad.numpy(), gradient)
+
+
+def test_kl_coefficient_follows_its_target():
+    assert ppo.adapted_kl_coef(1.0, 0.046, 0.03) == 2.0
+    assert ppo.adapted_kl_coef(1.0, 0.019, 0.03) == 0.5
+    for inside in (0.021, 0.03, 0.044):
+        assert ppo.adapted_kl_coef(1.0, inside, 0.03) == 1.0
+
+
+def test_spo_loss_by_hand_its_gradient_and_its_optimum():
+    ratios, advantages = ratios_and_advantages()
+    loss = ppo.spo_loss(ratios, advantages, 0.2)
+    pairs = list(zip(RATIOS, ADVANTAGES, strict=True))
+    assert loss.item() == pytest.approx(-np.mean([r * a - abs(a) * (r - 1) ** 2 / 0.4 for r, a in pairs]))
+    loss.backward()
+    np.testing.assert_allclose(ratios.grad.numpy(), [-(a - abs(a) * (r - 1) / 0.2) / 10 for r, a in pairs], atol=1e-12)
+    for sign in (1.0, -1.0):
+        best = torch.tensor([1 + sign * 0.2], dtype=torch.float64, requires_grad=True)
+        ppo.spo_loss(best, torch.tensor([3.0 * sign], dtype=torch.float64), 0.2).backward()
+        assert best.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_decoupled_loss_by_hand_and_its_gradient():
+    ratios, advantages = ratios_and_advantages()
+    learner = torch.tensor([0.5, 1.0, 1.0, 1.0, 1.0, 2.0, 20.0, 0.5, 1.0, 1.0], dtype=torch.float64)
+    loss = ppo.decoupled_loss(ratios, learner, advantages, 0.2, 10.0)
+    values, gradient = [], []
+    for r, rho, a in zip(RATIOS, learner.tolist(), ADVANTAGES, strict=True):
+        p, weight = r / rho, min(rho, 10.0)
+        values.append(-weight * min(p * a, float(np.clip(p, 0.8, 1.2)) * a))
+        binds = (a > 0 and p > 1.2) or (a < 0 and p < 0.8)
+        gradient.append(0.0 if binds else -weight * a / rho / 10)
+    assert loss.item() == pytest.approx(np.mean(values))
+    loss.backward()
+    np.testing.assert_allclose(ratios.grad.numpy(), gradient)
+
+
+def test_decoupled_is_clip_at_zero_lag():
+    ratios, advantages = ratios_and_advantages()
+    clip = ppo.clip_loss(ratios, advantages, 0.2)
+    decoupled = ppo.decoupled_loss(ratios, torch.ones(10, dtype=torch.float64), advantages, 0.2, 10.0)
+    assert clip.item() == decoupled.item()
+    for one, other in zip(*(torch.autograd.grad(loss, ratios) for loss in (clip, decoupled)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gae_is_vtrace_by_definition_on_policy(seed):
+    columns = make_columns(seed)
+    columns["log_ratios"][:] = 0
+    expected = vtrace_by_definition(columns, 0.97, 0.9, 1.0, 1.0)
+    inputs = [torch.tensor(columns[name]).double() for name in ("rewards", "values", "terminated", "dones")]
+    for result, reference in zip(gae(*inputs, 0.97, 0.9), expected, strict=True):
+        np.testing.assert_allclose(result[columns["valid"]], reference[columns["valid"]], atol=1e-10)
+
+
+def test_impalas_gradient_is_that_of_a_brute_force_vtrace():
+    """d/dtheta of -1/M sum min(rho_bar, rho) (r + gamma v_{t+1} - V_t) log pi, on a softmax policy, by hand."""
+    columns = make_columns(3, done_rate=0.15)
+    valid = columns["valid"]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*valid.shape, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    actions = torch.randint(3, valid.shape, generator=generator)
+    logprobs = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    behavior = logprobs.detach() - torch.tensor(columns["log_ratios"])  # so that log pi/beta is log_ratios
+    log_ratios = logprobs - behavior
+    names = ("rewards", "values", "terminated", "dones")
+    inputs = [torch.tensor(columns[name]).double() for name in names]
+    _, advantages = impala_baseline.vtrace(log_ratios, *inputs, 0.9, 1.0, 1.0, 1.0)
+    rows = torch.tensor(valid)
+    ratios = log_ratios[rows].detach().exp()
+    impala_baseline.impala_loss(logprobs[rows], ratios, advantages[rows], 1.0).backward()
+
+    targets, _ = vtrace_by_definition(columns, 0.9, 1.0, 1.0, 1.0)
+    expected = np.zeros(logits.shape)
+    probabilities = logits.detach().softmax(-1).numpy()
+    steps, num_envs = valid.shape
+    for t in range(steps):
+        for n in range(num_envs):
+            if not valid[t, n]:
+                continue
+            last = columns["dones"][t, n] or t == steps - 1
+            next_target = columns["values"][t + 1, n] if last else targets[t + 1, n]
+            next_target *= not columns["terminated"][t, n]
+            advantage = columns["rewards"][t, n] + 0.9 * next_target - columns["values"][t, n]
+            score = -probabilities[t, n]
+            score[actions[t, n]] += 1
+            expected[t, n] = -min(1.0, np.exp(columns["log_ratios"][t, n])) * advantage * score / valid.sum()
+    np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-12)
+
+
+def test_one_update_at_zero_lag_is_advantage_actor_critic():
+    """Every objective's first gradient is A2C's, mean of -A grad log pi: at a ratio of 1 nothing clips or penalises."""
+    logprobs = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    advantages = torch.randn(50, dtype=torch.float64)
+    log_ratios = logprobs - logprobs.detach()
+    ratios, ones = log_ratios.exp(), torch.ones(50, dtype=torch.float64)
+    losses = {
+        "a2c": -(advantages * logprobs).mean(),
+        "clip": ppo.clip_loss(ratios, advantages, 0.2),
+        "kl": ppo.kl_loss(ratios, log_ratios, advantages, 1.0),
+        "spo": ppo.spo_loss(ratios, advantages, 0.2),
+        "decoupled": ppo.decoupled_loss(ratios, ones, advantages, 0.2, 10.0),
+        "impala": impala_baseline.impala_loss(logprobs, ratios.detach(), advantages, 1.0),
+    }
+    gradients = {name: torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for name, loss in losses.items()}
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["a2c"])
+
+
+def test_objectives_agree_in_the_first_update_of_a_zero_lag_run():
+    """One epoch, one minibatch, one batch: clip, kl, spo and decoupled take the same step, up to rounding."""
+    args = replace(ppo.Args(**SMALL), total_timesteps=1, update_epochs=1, num_minibatches=1, lag_schedule="fixed")
+    weights = [
+        state_of(ppo.train(replace(args, objective=name)))["actor.0.weight"]
+        for name in ("clip", "kl", "spo", "decoupled")
+    ]
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["clip", "kl", "spo", "decoupled"])
+@pytest.mark.parametrize("schedule", ["async", "mixture"])
+def test_ppo_runs_on_continuous_control(objective, schedule, capsys):
+    args = ppo.Args(**SMALL, objective=objective, lag_schedule=schedule, lag=2 * (schedule == "mixture"))
+    agent = ppo.train(args)
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    curves = read_curves(".")
+    assert {"losses/clipfrac", "losses/kl_coef", "losses/approx_kl", "lag/tv_total", "charts/SPS"} <= curves.keys()
+    assert "InvertedPendulum-v4" in capsys.readouterr().out.splitlines()[-1]
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("schedule", ["async", "mixture"])
+def test_impala_runs_on_continuous_control(schedule):
+    agent = impala_baseline.train(impala_baseline.Args(**SMALL, lag_schedule=schedule, lag=2 * (schedule == "mixture")))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    assert {"losses/explained_variance", "lag/tv_total", "charts/SPS"} <= read_curves(".").keys()
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("script", [ppo, impala_baseline], ids=lambda script: script.__name__)
+def test_atari_runs_at_zero_lag_on_policy(script):
+    script.train(script.Args(**SMALL_ATARI, lag_schedule="fixed", lag=0))
+    curves = read_curves(".")
+    assert max(curves["lag/tv_backward"]) < 1e-4 and set(curves["lag/versions_max"]) == {0.0}
+    assert np.mean(curves["lag/tv_total"]) > 1e-6
+
+
+@pytest.mark.parametrize("script", [ppo, impala_baseline], ids=lambda script: script.__name__)
+def test_lockstep_runs_are_bit_equal(script):
+    args = script.Args(**SMALL, lag_schedule="mixture", lag=2)
+    first, second = (state_of(script.train(args)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("script", [ppo, impala_baseline], ids=lambda script: script.__name__)
+def test_dummy_steps_reach_nothing(script, monkeypatch):
+    args = script.Args(**SMALL, lag_schedule="fixed", lag=1)
+    clean, batch_of, poisoned = state_of(script.train(args)), script.Rollouts.batch, []
+
+    def poisoned_batch(self, slots, device):
+        batch = batch_of(self, slots, device)
+        dummy = ~batch.valid
+        batch.obs[:-1][dummy], batch.actions[dummy] = 7.0, 3.0
+        batch.logprobs[dummy], batch.rewards[dummy] = -20.0, 1e6
+        poisoned.append(int(dummy.sum()))
+        return batch
+
+    monkeypatch.setattr(script.Rollouts, "batch", poisoned_batch)
+    second = state_of(script.train(args))
+    assert all(torch.allclose(clean[name], second[name], atol=1e-6) for name in clean)
+    assert sum(poisoned) > 20
+
+
+def test_target_kl_leaves_out_passes_and_the_coefficient_adapts():
+    args = ppo.Args(**SMALL, lag_schedule="fixed", target_kl=0.0)
+    stopped = state_of(ppo.train(args))
+    once = state_of(ppo.train(replace(args, target_kl=None, update_epochs=1)))
+    assert all(torch.equal(stopped[name], once[name]) for name in once)
+
+
+@pytest.mark.parametrize(("adapt", "target", "moves"), [(True, 1e-6, 2.0), (True, 100.0, 0.5), (False, 1e-6, 1.0)])
+def test_kl_coefficient_of_a_run(adapt, target, moves):
+    ppo.train(ppo.Args(**SMALL, objective="kl", lag_schedule="fixed", adapt_kl=adapt, kl_target=target, kl_coef=1.0))
+    coefficients = read_curves(".")["losses/kl_coef"]
+    assert coefficients[:4] == [moves**batch for batch in range(4)]
+
+
+def play(game, num_envs, seed, steps, **options):
+    """A random game: AtariEnvs written to a slot, and its plain stacks [steps + 1, C, 4, 84, 84]."""
+    envs = AtariEnvs(game, num_envs, seed, **options)
+    out = type("Slot", (), {})()
+    out.obs = np.zeros((steps + 4, num_envs, 84, 84), dtype=np.uint8)
+    out.ages = np.zeros((steps + 1, num_envs), dtype=np.uint8)
+    rng, stacks, ended = np.random.default_rng(seed), [], []
+    for t in range(steps):
+        envs.write_obs(out, t)
+        stacks.append(envs.obs.copy())
+        ended += envs.step(rng.integers(0, 4, num_envs))[3]
+    envs.write_obs(out, steps)
+    stacks.append(envs.obs.copy())
+    return out, np.stack(stacks), ended
+
+
+@pytest.mark.parametrize("episodic_life", [True, False])
+def test_stacks_are_rebuilt_bit_for_bit_across_lives_and_games(episodic_life):
+    out, stacks, ended = play("Breakout-v5", 4, seed=1, steps=700, episodic_life=episodic_life, reward_clip=True)
+    assert len(ended) > 5
+    rebuilt = stack_frames(torch.from_numpy(out.obs), torch.from_numpy(out.ages))
+    assert rebuilt.dtype == torch.uint8 and np.array_equal(rebuilt.numpy(), stacks)
+
+
+def test_scores_are_raw_and_of_whole_games():
+    """Against a plain envpool without episodic life and reward clipping, with the same actions, game by game."""
+    rng = np.random.default_rng(0)
+    envs = AtariEnvs("Breakout-v5", 1, 7, episodic_life=True, reward_clip=True, repeat_action_probability=0.0)
+    plain = envpool.make("Breakout-v5", "gymnasium", num_envs=1, num_threads=1, seed=7, episodic_life=True)
+    plain.reset()
+    scores, score, lengths, length, valid = [], 0.0, [], 0, True
+    ended, clipped = [], set()
+    for _ in range(1500):
+        action = rng.integers(0, 4, 1)
+        rewards, terminated, truncated, episodes = envs.step(action)
+        ended += episodes
+        clipped |= set(rewards.tolist())
+        _, plain_rewards, plain_terminated, plain_truncated, info = plain.step(action.astype(np.int32))
+        score, length = score + plain_rewards[0], length + valid
+        valid = not (plain_terminated[0] or plain_truncated[0])
+        assert (terminated[0], truncated[0]) == (plain_terminated[0], plain_truncated[0])
+        if info["lives"][0] == 0 and not valid:
+            scores, lengths, score, length = [*scores, score], [*lengths, length], 0.0, 0
+    assert len(ended) > 3 and clipped <= {0.0, 1.0}
+    assert [game_score for game_score, _ in ended] == scores and [game_length for _, game_length in ended] == lengths
+
+
+def test_domain_decides_the_defaults_and_the_hyperparameter_table_shows_them():
+    for script in (ppo, impala_baseline):
+        continuous, atari = script.Args(), script.Args(env_id="Pong-v5", learning_rate=1e-5)
+        script.validate(continuous)
+        script.validate(atari)
+        for name, values in script.DEFAULTS.items():
+            assert getattr(continuous, name) == values[0]
+            assert getattr(atari, name) == (1e-5 if name == "learning_rate" else values[1])
+        help_text = subprocess.run(
+            [sys.executable, REPOSITORY / f"{script.__name__}.py", "--help"], capture_output=True, text=True, timeout=60
+        ).stdout
+        assert help_text.count("Atari") >= len(script.DEFAULTS)
+
+
+BAD = [
+    (ppo, {"objective": "clip", "clip_coef": -0.1}, "--clip-coef -0.1"),
+    (ppo, {"kl_target": 0.0}, "--kl-target 0.0"),
+    (ppo, {"spo_eps": 0.0}, "--spo-eps 0.0"),
+    (ppo, {"max_importance": -1.0}, "--max-importance -1.0"),
+    (ppo, {"target_kl": -1.0}, "--target-kl -1.0"),
+    (ppo, {"env_id": "Pung-v5"}, "Pong-v5"),
+    (ppo, {"env_id": "CartPole-v1"}, "neither"),
+    (ppo, {"env_id": "Pong-v5", "num_minibatches": 7}, "type --num-minibatches 8"),
+    (ppo, {"repeat_action_probability": 1.5}, "--repeat-action-probability 1.5"),
+    (impala_baseline, {"num_minibatches": 3}, "type --num-minibatches 2"),
+    (impala_baseline, {"lag": 3}, "type --lag-schedule fixed"),
+    (impala_baseline, {"rho_bar": float("nan")}, "--rho-bar nan"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "expected"), BAD, ids=lambda part: str(part)[:40])
+def test_wrong_flags_are_named_with_what_to_type(script, flags, expected):
+    with pytest.raises(script.UsageError, match=expected.replace(".", r"\.")):
+        script.validate(script.Args(**flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clip", "kl", "spo", "decoupled"])
+def test_ppo_learns_to_balance_the_pendulum(objective):
+    args = ppo.Args(**SMALL | {"num_envs": 8, "num_steps": 128, "num_minibatches": 32, "update_epochs": 10})
+    ppo.train(replace(args, total_timesteps=50_000, objective=objective, lag_schedule="fixed", lag=1))
+    returns = read_curves(".")["charts/episodic_return"]
+    assert returns[0] < 30 and np.mean(returns[-5:]) > 150
+
+
+@pytest.mark.slow
+def test_impala_learns_to_balance_the_pendulum():
+    flags = SMALL | {"num_envs": 8, "num_steps": 32, "num_minibatches": 4, "update_epochs": 1}
+    args = replace(
+        impala_baseline.Args(**flags), total_timesteps=100_000, lag_schedule="fixed", lag=1, learning_rate=2e-3
+    )
+    impala_baseline.train(args)
+    returns = read_curves(".")["charts/episodic_return"]
+    assert returns[0] < 30 and np.mean(returns[-5:]) > 100
+
+
+@pytest.mark.parametrize("game", ["Pong-v5", "Breakout-v5"])
+def test_atari_makes_the_published_environment(game):
+    """envpool's defaults are what the docstring says: a change of them would change every result."""
+    config = envpool.make_spec(game).config
+    assert (config.frame_skip, config.stack_num, config.noop_max, config.max_episode_steps) == (4, 4, 30, 27000)
+    assert (config.use_fire_reset, config.full_action_space, config.gray_scale) == (True, False, True)
+    assert (config.img_height, config.img_width) == (84, 84)
+    assert partial(AtariEnvs, game, 2, 0)().obs.shape == (2, 4, 84, 84)

@@ -1,0 +1,34 @@
+"""The scripts are single files on purpose: what has one name in several of them must be the same code."""
+
+import ast
+import difflib
+from itertools import combinations
+
+import pytest
+from conftest import REPOSITORY
+
+SCRIPTS = sorted(REPOSITORY.glob("*.py"))
+OWN = {"Args", "validate", "Agent", "train"}  # what every script has for itself
+
+
+def definitions(script):
+    """The source text, comments included, of every function and class at the top level of a script."""
+    text = script.read_text()
+    lines = text.splitlines(keepends=True)
+    sources = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
+            first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+            sources[node.name] = lines[first - 1 : node.end_lineno]
+    return sources
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(SCRIPTS, 2)), ids=lambda script: script.stem)
+def test_same_name_same_code(one, other):
+    first, second = definitions(one), definitions(other)
+    shared = first.keys() & second.keys()
+    assert {"PolicyStore", "Rollouts", "actor", "Actors", "ticket_version", "actor_seed", "check"} <= shared
+    drift = []
+    for name in sorted(shared):
+        drift += difflib.unified_diff(first[name], second[name], f"{one.name}:{name}", f"{other.name}:{name}")
+    assert not drift, "".join(drift)
