@@ -361,13 +361,8 @@ class Rollouts:
 
     def __init__(self, num_slots, actions, **observations):
         numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
-        fields = observations | {
-            "actions": actions,
-            "logprobs": numbers,
-            "rewards": numbers,
-            "version": torch.tensor(0),
-        }
-        fields |= {"terminated": flags, "truncated": flags, "valid": flags}
+        fields = observations | {"actions": actions, "logprobs": numbers, "rewards": numbers}
+        fields |= {"terminated": flags, "truncated": flags, "valid": flags, "version": torch.tensor(0)}
         for name, field in fields.items():
             setattr(self, name, torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_())
 
@@ -388,9 +383,7 @@ def actor(make_agent, make_envs, seed, store, rollouts, learner):
     [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
     """
     torch.set_num_threads(1)
-    warnings.filterwarnings(
-        "ignore", message=".*precision lowered.*"
-    )  # gymnasium's, on float64 bounds of float32 spaces
+    warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
     try:
         agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
         learner.send(None)

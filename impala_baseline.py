@@ -1,0 +1,758 @@
+"""IMPALA under policy lag: a baseline for VACO, on the same actors, in one file.
+
+"IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner Architectures", arXiv 1802.01561. V-trace
+with the current policy and critic at every gradient step, on minibatches of whole sequences; one pass over the data.
+
+    python impala_baseline.py                                               # HalfCheetah-v4, free running
+    python impala_baseline.py --lag-schedule mixture --lag 8                # injected lag
+    python impala_baseline.py --env-id Pong-v5                              # Atari, with its own defaults
+    python impala_baseline.py --update-epochs 10 --num-minibatches 16       # about as many updates as PPO and VACO
+
+  PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
+        | copy one version, once per rollout                                                                  |
+        v                                                                                                     |
+  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
+        | fill one slot: obs, action, log-prob, reward, terminated, truncated, valid, version                 ^
+        v                                                                                                     |
+  Rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
+"""
+
+import contextlib
+import difflib
+import math
+import multiprocessing as mp
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+from typing import Literal
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.wrappers.utils import RunningMeanStd
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of networks, minibatches, action noise and environments
+    torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
+    cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
+
+    # an envpool task with a floating-point Box action space (MuJoCo, dm_control, ...), or an Atari game (Pong-v5, ...);
+    # flags whose help gives two defaults, continuous control's and Atari's, follow it
+    env_id: str = "HalfCheetah-v4"
+    total_timesteps: int | None = None  # environment steps to train for; 1M, Atari 10M (frame skip not counted)
+    episodic_life: bool = True  # Atari: if toggled, a lost life ends an episode, but for the score
+    reward_clip: bool = True  # Atari: if toggled, the learner sees the sign of rewards; scores are raw
+    repeat_action_probability: float = 0.0  # Atari: the probability of a sticky action
+
+    # Actors decide how old the data is when it arrives (backward lag)
+
+    num_actors: int = 4  # actor processes; free running, data is about num_actors / rollouts_per_batch versions old
+    num_envs: int | None = None  # environments per actor; 16, Atari 8
+    num_steps: int | None = None  # steps per environment in one rollout; 128, Atari 20
+    # rollouts per batch, which has rollouts_per_batch * num_envs sequences of num_steps samples; 1, Atari 4
+    rollouts_per_batch: int | None = None
+    # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
+    # each rollout is drawn uniformly from the last `lag + 1`
+    lag_schedule: Literal["async", "fixed", "mixture"] = "async"
+    lag: int = 0  # policy lag of the lockstep schedules, in versions; there is one version per batch
+
+    # The number of updates decides how far the policy moves on one batch (forward lag)
+
+    update_epochs: int = 1  # passes over each batch
+    num_minibatches: int | None = None  # minibatches of whole sequences, that is gradient steps, per pass; 8, Atari 1
+    learning_rate: float | None = None  # the learning rate; of Adam 6e-4, of Atari's RMSprop 6e-4
+    sum_loss: bool | None = None  # if toggled, losses are sums over a minibatch, as published; off (means), Atari on
+    anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
+    gamma: float = 0.99  # the discount factor
+    gae_lambda: float = 1.0  # the trace decay of V-trace; 1 is IMPALA's
+    ent_coef: float | None = None  # coefficient of the entropy bonus; 0, Atari 0.01
+    vf_coef: float = 0.5  # coefficient of the value loss
+    max_grad_norm: float | None = None  # the largest norm of a gradient; 0.5, Atari 40
+
+    rho_bar: float = 1.0  # upper bound of the importance weight of a temporal difference, and of the policy gradient's
+    c_bar: float = 1.0  # upper bound of the importance weight by which a trace is carried on
+
+
+# The flags that None leaves to the domain. Atari: the values of the IMPALA paper
+DEFAULTS = {  # flag: (continuous control, Atari)
+    "total_timesteps": (1_000_000, 10_000_000),
+    "num_envs": (16, 8),
+    "num_steps": (128, 20),
+    "rollouts_per_batch": (1, 4),
+    "num_minibatches": (8, 1),
+    "learning_rate": (6e-4, 6e-4),
+    "sum_loss": (False, True),
+    "ent_coef": (0.0, 0.01),
+    "max_grad_norm": (0.5, 40.0),
+}
+
+
+class UsageError(Exception):
+    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
+
+
+def check(args, name, holds, advice):
+    """Raise UsageError about the flag `name` unless `holds`."""
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+
+
+def validate(args):
+    """Fill in the flags that the domain decides, and check all, before any process starts. Raises UsageError."""
+    atari = atari_actions(args.env_id) is not None
+    for name, defaults in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[atari])
+    counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
+    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
+    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
+    highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "repeat_action_probability": 1}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):
+            low, high = lowest.get(name, 0), highest.get(name, 10**12)
+            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
+    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    sequences = args.rollouts_per_batch * args.num_envs
+    samples = sequences * args.num_steps
+    check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
+    advice = f"cannot split the {sequences} sequences of a batch evenly; type --num-minibatches {nearest}"
+    check(args, "num_minibatches", args.num_minibatches in divisors, advice)
+    if continuous_sizes(args.env_id) is None and not atari:
+        closest = closest_tasks(args.env_id, lambda task: continuous_sizes(task) or atari_actions(task))
+        advice = "neither an envpool task with a floating-point Box action space, nor an Atari game; closest: "
+        check(args, "env_id", False, advice + ", ".join(closest))
+
+
+def closest_tasks(env_id, supported):
+    """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
+    tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
+    similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
+    return [tasks[name] for name in similar if supported(tasks[name])][:3]
+
+
+def continuous_sizes(env_id):
+    """(observation size, action size) of an envpool task with a floating-point Box action space; None of any other."""
+
+    def size(space):
+        return sum(map(size, space.values())) if isinstance(space, gym.spaces.Dict) else math.prod(space.shape)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec = envpool.make_spec(env_id)
+            obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    except Exception:  # unknown, or without the system libraries or files that it needs
+        return None
+    if isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
+        return size(obs_space), size(action_space)
+
+
+class ContinuousEnvs:
+    """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to `obs` [C, D].
+
+    envpool resets on the *next* step: the observation that comes with the end of an episode is its true last one, and
+    the step after it ignores the action and returns the first observation of the next episode. That dummy step
+    is no data, whatever its reward: `valid` [C] is False where the coming step is one. Environment i has seed + i.
+    """
+
+    def __init__(self, env_id, num_envs, seed):
+        self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
+        self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
+        obs, info = self.envs.reset()
+        # An envpool built for another numpy returned the values of one environment for all of them
+        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+        self.obs = self.flatten(obs)
+
+    def flatten(self, obs):
+        if isinstance(obs, dict):
+            return np.concatenate([self.flatten(part) for part in obs.values()], axis=1)
+        return obs.reshape(len(self.valid), -1).astype(np.float32)
+
+    def write_obs(self, out, t):
+        """Write the observation before step t to a slot (`Rollouts.arrays`), in the form in which it is kept."""
+        out.obs[t] = self.obs
+
+    def step(self, actions):
+        """Actions [C, A] -> rewards, terminated, truncated [C], (return, length) of each ended episode.
+
+        Clips the actions to the action space: envpool would charge the control cost of the unclipped ones.
+        """
+        space = self.envs.action_space
+        actions = np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
+        obs, rewards, terminated, truncated, _ = self.envs.step(actions)
+        self.returns, self.lengths = self.returns + rewards * self.valid, self.lengths + self.valid
+        self.obs, done = self.flatten(obs), terminated | truncated
+        episodes = list(zip(self.returns[done], self.lengths[done], strict=True))
+        self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
+        return rewards, terminated, truncated, episodes
+
+
+def atari_actions(env_id):
+    """The number of actions of an envpool Atari game; None of any other task."""
+    try:
+        spec = envpool.make_spec(env_id)
+    except Exception:  # unknown, or without the system libraries or files that it needs
+        return None
+    return int(spec.action_space.n) if hasattr(spec.config, "full_action_space") else None
+
+
+class AtariEnvs:
+    """The environments of one actor: C copies of an Atari game, `obs` [C, 4, 84, 84] uint8, the last 4 grey frames.
+
+    envpool resets on the *next* step, which is a dummy: see `valid` [C]. With episodic_life a lost life is a terminated
+    step for the learner, while returns and lengths are of whole games, in raw score. All else is envpool's default and
+    the usual one: up to 30 no-ops, fire on reset, 4 frames per step, minimal action set, games cut after 27000 steps.
+    """
+
+    def __init__(self, env_id, num_envs, seed, **options):
+        self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
+        self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
+        self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
+        self.obs, info = self.envs.reset()
+        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+
+    def write_obs(self, out, t):
+        """Write the newest frame before step t to a slot, at its start also the three before: 1/4 of all stacks."""
+        if t == 0:
+            out.obs[:3] = self.obs[:, :3].swapaxes(0, 1)
+        out.obs[t + 3], out.ages[t] = self.obs[:, 3], self.ages
+
+    def step(self, actions):
+        """Actions [C] -> rewards, terminated, truncated [C], (score, length) of each game that ended."""
+        restarts = self.over
+        self.obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
+        self.returns, self.lengths = self.returns + info["reward"], self.lengths + self.valid
+        self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
+        self.ages = np.where(restarts, 0, np.minimum(self.ages + 1, 3)).astype(np.uint8)  # frames before in this game
+        episodes = list(zip(self.returns[self.over], self.lengths[self.over], strict=True))
+        self.returns[self.over], self.lengths[self.over] = 0, 0
+        return rewards, terminated, truncated, episodes
+
+
+def stack_frames(frames, ages):
+    """The stacks that `AtariEnvs.write_obs` took apart: frames [T + 4, N, 84, 84] -> [T + 1, N, 4, 84, 84].
+
+    ages [T + 1, N] counts earlier frames of the same game, up to 3: envpool repeats the first where there are fewer.
+    """
+    back = torch.arange(3, -1, -1, device=frames.device).minimum(ages.long().unsqueeze(-1))  # [T + 1, N, 4]
+    rows = torch.arange(3, len(frames), device=frames.device).view(-1, 1, 1) - back
+    return frames[rows, torch.arange(frames.shape[1], device=frames.device).view(1, -1, 1)]
+
+
+class RewardScaler:
+    """Divides rewards by the standard deviation of the discounted return, in the manner of gymnasium's NormalizeReward.
+
+    It lives in the learner, on the raw rewards of the slots: one scale for all actors, whatever their lag.
+    """
+
+    def __init__(self, num_actors, num_envs, gamma):
+        self.gamma, self.statistics = gamma, RunningMeanStd(shape=())
+        self.running = np.zeros((num_actors, num_envs))  # discounted returns, carried across the rollouts of an actor
+
+    def update(self, actor, rollout):
+        """Take in one slot (as of `Rollouts.arrays`) of an actor."""
+        returns = np.zeros(rollout.rewards.shape)  # [T, C]
+        for t in range(len(returns)):
+            self.running[actor] = (self.gamma * self.running[actor] + rollout.rewards[t]) * rollout.valid[t]
+            returns[t] = self.running[actor]
+        self.statistics.update(returns[rollout.valid])
+
+    def scale(self, rewards):
+        return (rewards / math.sqrt(self.statistics.var + 1e-8)).clamp(-10, 10)
+
+
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """Policy and critic: Gaussian, one deviation for all states, two MLPs, 64-64 tanh; Atari: categorical, Nature CNN.
+
+    The observation statistics are part of the policy, as buffers: published, saved and loaded with the weights, frozen
+    while a version acts and while a batch trains.
+    """
+
+    def __init__(self, obs_size, action_size, atari):
+        super().__init__()
+        self.atari = atari
+        if atari:
+            convolutions = [layer_init(nn.Conv2d(*shape)) for shape in ((4, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))]
+            layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
+            self.network = nn.Sequential(*layers, nn.Flatten(), layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
+            self.actor, self.critic = layer_init(nn.Linear(512, action_size), 0.01), layer_init(nn.Linear(512, 1), 1)
+            return
+
+        def mlp(out_size, std):
+            hidden = [layer_init(nn.Linear(obs_size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+            return nn.Sequential(*hidden, layer_init(nn.Linear(64, out_size), std=std))
+
+        self.network, self.critic, self.actor = nn.Identity(), mlp(1, std=1.0), mlp(action_size, std=0.01)
+        self.actor_logstd = nn.Parameter(torch.zeros(action_size))
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_var", torch.ones(obs_size))
+
+    def normalize(self, obs):
+        """Raw to normalised observations [..., D], which all methods take but `act`; frames stay as they are."""
+        return obs if self.atari else ((obs - self.obs_mean) / torch.sqrt(self.obs_var + 1e-8)).clamp(-10, 10)
+
+    def features(self, obs):
+        """What policy and critic have in common: [..., 512] for Atari, the normalised observations otherwise."""
+        if self.atari:
+            return self.network(obs.flatten(0, -4) / 255).unflatten(0, obs.shape[:-3])
+        return obs
+
+    def get_value(self, obs):
+        return self.critic(self.features(obs)).squeeze(-1)
+
+    def get_logprob(self, policy, actions):
+        """Joint log-probability [...] of unclipped actions, given logits or means [..., A]."""
+        if self.atari:
+            return policy.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        z = (actions - policy) * torch.exp(-self.actor_logstd)
+        return (-0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def act(self, obs, generator):
+        """Sample: raw observations [C, ...] -> actions [C] or [C, A], log-probabilities [C]."""
+        policy = self.actor(self.features(self.normalize(obs)))
+        if self.atari:
+            actions = torch.multinomial(policy.softmax(-1), 1, generator=generator).squeeze(-1)
+        else:
+            actions = policy + torch.exp(self.actor_logstd) * torch.randn(policy.shape, generator=generator)
+        return actions, self.get_logprob(policy, actions)
+
+    def evaluate(self, obs, actions):
+        """Normalised obs [..., D], actions [...] -> log-probabilities, entropies, values [...] each."""
+        features = self.features(obs)
+        policy, values = self.actor(features), self.critic(features).squeeze(-1)
+        if self.atari:
+            entropy = -(policy.softmax(-1) * policy.log_softmax(-1)).sum(-1)
+        else:
+            entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(values)
+        return self.get_logprob(policy, actions), entropy, values
+
+
+@torch.no_grad()
+def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, c_bar):
+    """Align: critic targets v_t, and advantages A_t of the learner's policy pi_T on data of the behaviour policy beta.
+
+        delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t
+        acc_t   = min(rho_bar, rho_t) delta_t + gamma lam (1 - done_t) min(c_bar, rho_t) acc_{t+1},     acc_T = 0
+        v_t     = V_t + acc_t
+        A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
+
+    IMPALA's V-trace (arXiv 1802.01561, section 4.1), once per batch (VACO, arXiv 2603.01365); GAE if rho = 1. A_t has
+    no rho_t of its own, because the surrogate multiplies by pi/beta already. After a truncation, V_{t+1} is the value
+    of the true last observation. All rows come in; what dummy rows get means nothing, and they reach no other row.
+
+    Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
+    the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
+    [T, N] of 0 and 1; discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
+    """
+    rhos, discounts = log_ratios.exp(), gamma * lam * (1 - dones)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    clipped_deltas, decays = rhos.clamp(max=rho_bar) * deltas, discounts * rhos.clamp(max=c_bar)
+    acc = torch.zeros_like(values)  # [T + 1, N]
+    for t in reversed(range(len(rewards))):
+        acc[t] = clipped_deltas[t] + decays[t] * acc[t + 1]
+    return values[:-1] + acc[:-1], deltas + discounts * acc[1:]
+
+
+def impala_loss(logprobs, ratios, advantages, rho_bar):
+    """Policy gradient, arXiv 1802.01561, section 4.2: mean of -min(rho_bar, r) A log pi over [M] samples. Only logprobs
+    have a gradient; ratios are pi/beta, and A_t = r_t + gamma v_{t+1} - V_t comes from `vtrace`."""
+    return -(ratios.clamp(max=rho_bar) * advantages * logprobs).mean()
+
+
+class PolicyStore:
+    """The last published versions of a policy, one flat float32 row each, in shared memory.
+
+    One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
+    the row is written, and a copy counts if the stamp was right before and after it (on x86, stores appear in order).
+    """
+
+    def __init__(self, agent, num_versions):
+        size = sum(tensor.numel() for tensor in agent.state_dict().values())
+        self.rows = torch.zeros(num_versions, size).share_memory_()
+        self.stamps = torch.full((num_versions,), -1).share_memory_()  # the version in each row
+        self.latest = torch.tensor(-1).share_memory_()
+
+    def publish(self, agent, version):
+        """Store the agent's parameters and buffers as `version`, over the oldest one."""
+        row = version % len(self.rows)
+        self.stamps[row] = -1
+        self.rows[row] = torch.cat([tensor.flatten() for tensor in agent.state_dict().values()])
+        self.stamps[row] = version
+        self.latest.fill_(version)
+
+    def load(self, agent, version):
+        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        while True:
+            wanted = self.latest.item() if version == LATEST else version
+            row = wanted % len(self.rows)
+            before, copy, after = self.stamps[row].item(), self.rows[row].clone(), self.stamps[row].item()
+            if before == after == wanted:
+                break
+            if version != LATEST:
+                raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
+        tensors = list(agent.state_dict().values())
+        for tensor, part in zip(tensors, copy.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return wanted
+
+
+class Rollouts:
+    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
+    observations (a step more, for the last value) are given as zeros in the shape and type of one slot. Rewards are
+    raw, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
+
+    def __init__(self, num_slots, actions, **observations):
+        numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
+        fields = observations | {"actions": actions, "logprobs": numbers, "rewards": numbers}
+        fields |= {"terminated": flags, "truncated": flags, "valid": flags, "version": torch.tensor(0)}
+        for name, field in fields.items():
+            setattr(self, name, torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_())
+
+    def arrays(self, slot):
+        """NumPy views of one slot, by name: cheaper to fill step by step than tensors."""
+        return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
+
+    def batch(self, slots, device):
+        """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
+        fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
+        return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
+
+
+def actor(make_agent, make_envs, seed, store, rollouts, learner):
+    """An actor process: for every ticket, load one policy version and fill one slot with it.
+
+    Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
+    [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
+    try:
+        agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
+        learner.send(None)
+        while True:
+            asked = time.perf_counter()
+            slot, version = learner.recv()
+            begun = time.perf_counter()
+            out, episodes = rollouts.arrays(slot), []
+            out.version[...] = store.load(agent, version)
+            for t in range(len(out.rewards)):
+                envs.write_obs(out, t)
+                with torch.inference_mode():
+                    actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
+                out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
+                out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                episodes += ended
+            envs.write_obs(out, t + 1)
+            learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
+    except (EOFError, ConnectionError):
+        pass  # the learner is gone
+    except Exception:
+        learner.send(traceback.format_exc())
+
+
+def actor_seed(args, index):
+    """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
+    bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint."""
+    return (args.seed * 2**16 + index * args.num_envs) % 2**31
+
+
+def ticket_version(args, rollout):
+    """The policy version that must collect a rollout (counted from 0): the definition of the lag schedules. The draws
+    of `mixture` depend on seed and rollout alone; early on they are uniform over the versions that exist."""
+    batch = rollout // args.rollouts_per_batch
+    if args.lag_schedule == "async":
+        return LATEST
+    if args.lag_schedule == "fixed":
+        return max(batch - args.lag, 0)
+    return batch - int(np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1))
+
+
+class Actors:
+    """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
+
+    A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
+    has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
+    number of slots, nothing is dropped. Batch v is made, lockstep, of the R rollouts from v R on, in this order, so
+    that nothing depends on timing; async, of the R that were finished first.
+    """
+
+    def __init__(self, args, slots_per_actor):
+        self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, 0
+        self.issued = [0] * args.num_actors  # tickets given to each actor so far
+        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
+        self.finished = {}  # place in the order of training -> what the actor sent
+        self.processes, self.connections = [], []
+
+    def start(self, make_agent, make_envs, store, rollouts):
+        """Start the actors, with the arguments of `actor`, and block until all are ready."""
+        # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
+        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
+        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for index in range(self.args.num_actors):
+            ours, theirs = context.Pipe()
+            arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+            self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
+            self.processes[-1].start()
+            theirs.close()  # so that the pipe ends with the actor
+            self.connections.append(ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        ready = 0
+        while ready < self.args.num_actors:
+            ready += len(self.receive())
+
+    def receive(self, timeout=None):
+        """Block until actors send something; returns a list of it. Raises RuntimeError if an actor failed or died."""
+        messages = []
+        for connection in wait(self.connections, timeout):
+            process = self.processes[self.connections.index(connection)]
+            try:
+                messages.append(connection.recv())
+            except (EOFError, ConnectionError):
+                process.join(10)
+                raise RuntimeError(f"{process.name} died, exit code {process.exitcode} (-n: signal n)") from None
+            if isinstance(messages[-1], str):
+                raise RuntimeError(f"{process.name} failed:\n{messages[-1]}")
+        return messages
+
+    def issue(self, newest, freed=()):
+        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
+        slots that have been copied and may be filled again."""
+        for slot in freed:
+            self.rollout_in.pop(slot)
+        for index, connection in enumerate(self.connections):
+            while True:
+                rollout = index + self.issued[index] * self.args.num_actors
+                slot = index * self.slots_per_actor + self.issued[index] % self.slots_per_actor
+                version = ticket_version(self.args, rollout)
+                if slot in self.rollout_in or version > newest:
+                    break
+                with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
+                    connection.send((slot, version))
+                self.rollout_in[slot] = rollout
+                self.issued[index] += 1
+
+    def collect(self, batch):
+        """Block until the rollouts of a batch are there; returns what actors sent, in the order of training."""
+        places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
+        while True:
+            complete = all(place in self.finished for place in places)
+            messages = self.receive(timeout=0 if complete else None)
+            for message in messages:
+                place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
+                self.finished[place] = message
+                self.arrivals += 1
+            if complete and not messages:
+                return [self.finished.pop(place) for place in places]
+
+    def stop(self):
+        """End the actors at once: they hold nothing worth waiting for."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def train(args):
+    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
+    flags cannot work, RuntimeError if an actor or the arithmetic failed."""
+    validate(args)
+    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(1)  # a second thread would take a core from the actors
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    atari = atari_actions(args.env_id) is not None
+    obs_size, action_size = (0, atari_actions(args.env_id)) if atari else continuous_sizes(args.env_id)
+    make_agent = partial(Agent, obs_size, action_size, atari)
+    agent = make_agent().to(device)
+    if atari:  # torch adds eps to the root, TensorFlow under it; the published value is kept, as in torchbeast
+        optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=0.01)
+    else:
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    obs_statistics = RunningMeanStd(shape=obs_size)
+    reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
+    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
+    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
+    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
+    T, C = args.num_steps, args.num_envs
+    if atari:
+        options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
+        make_envs = partial(AtariEnvs, args.env_id, C, **options)
+        frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
+        fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
+    else:
+        make_envs = partial(ContinuousEnvs, args.env_id, C)
+        fields = {"obs": torch.zeros(T + 1, C, obs_size), "actions": torch.zeros(T, C, action_size)}
+    rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
+    actors = Actors(args, slots_per_actor)
+
+    writer = SummaryWriter(f"runs/{run_name}")
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    progress = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
+    seconds = Counter()  # over the whole run
+    try:
+        actors.start(make_agent, make_envs, store, rollouts)
+        actors.issue(newest=0)
+        batch_time = time.perf_counter()
+        while global_step < args.total_timesteps:
+            # COLLECT a batch, copy it, and let its slots be filled again while we train
+            asked = time.perf_counter()
+            slots, ended, waits, acts = map(list, zip(*actors.collect(batch=version), strict=True))
+            learner_wait = time.perf_counter() - asked
+            batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
+            lags = (version - rollouts.version[slots]).float()  # [R]
+            for slot in slots:
+                reward_scaler.update(slot // slots_per_actor, rollouts.arrays(slot))
+            actors.issue(newest=version, freed=slots)
+
+            # MEASURE the lag on arrival
+            with torch.no_grad():
+                obs = stack_frames(batch.obs, batch.ages) if atari else agent.normalize(batch.obs)  # [T + 1, N, ...]
+                learner_logprobs, _, _ = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
+                b_learner_ratios = (learner_logprobs - batch.logprobs)[batch.valid].exp()  # [B], pi_T/beta
+            rewards = batch.rewards if atari else reward_scaler.scale(batch.rewards)  # [T, N]
+            terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
+
+            # OPTIMISE: minibatches of whole sequences, V-trace with the current policy and critic in each
+            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+            updates = []
+            for _ in range(args.update_epochs):
+                for mb in torch.randperm(len(dones[0]), device=device).chunk(args.num_minibatches):
+                    valid = batch.valid[:, mb]  # [T, n]; dummy steps end behind it: M valid rows
+                    newlogprobs, entropies, newvalues = agent.evaluate(obs[:-1, mb], batch.actions[:, mb])  # [T, n]
+                    log_ratios = newlogprobs - batch.logprobs[:, mb]  # pi/beta
+                    with torch.no_grad():
+                        bootstrap = agent.get_value(obs[-1:, mb])  # [1, n]
+                    settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
+                    columns = (rewards[:, mb], torch.cat([newvalues, bootstrap]), terminated[:, mb], dones[:, mb])
+                    targets, advantages = vtrace(log_ratios, *columns, *settings)  # [T, n]
+                    log_ratios = log_ratios[valid].detach()  # [M]
+                    ratios = log_ratios.exp()
+                    policy_loss = impala_loss(newlogprobs[valid], ratios, advantages[valid], args.rho_bar)
+                    value_loss = 0.5 * (newvalues - targets)[valid].square().mean()
+                    entropy = entropies[valid].mean()
+                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                    if args.sum_loss:
+                        loss = loss * len(ratios)
+
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    with torch.no_grad():
+                        update = {
+                            "losses/policy_loss": policy_loss.detach(),
+                            "losses/value_loss": value_loss.detach(),
+                            "losses/entropy": entropy.detach(),
+                            "losses/old_approx_kl": -log_ratios.mean(),
+                            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
+                            "losses/explained_variance": 1 - (targets - newvalues)[valid].var() / targets[valid].var(),
+                        }
+                        updates.append(update)
+
+            # PUBLISH the next version: new weights, and observation statistics that include this batch
+            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            if not all(map(math.isfinite, means.values())):
+                raise RuntimeError(f"not finite in the batch after step {global_step}, version {version}: {means}")
+            with torch.no_grad():
+                final_logprobs = agent.evaluate(obs[:-1], batch.actions)[0]
+                final_ratios = (final_logprobs - batch.logprobs)[batch.valid].exp()  # [B], pi/beta
+            if not atari:
+                obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
+                agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
+                agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
+            version += 1
+            store.publish(agent, version)
+            actors.issue(newest=version)
+            global_step += len(final_ratios)
+
+            # LOG, against environment steps
+            now = time.perf_counter()
+            batch_seconds, batch_time = now - batch_time, now
+            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
+            scalars = means | {
+                "charts/learning_rate": lr,
+                "charts/SPS": global_step / seconds["total"],
+                "lag/versions_mean": lags.mean().item(),
+                "lag/versions_max": lags.max().item(),
+                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
+                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
+                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
+                "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
+                "stats/learner_wait": learner_wait / batch_seconds,
+                "stats/actor_wait": sum(waits) / sum(waits + acts),
+                "stats/rollout_time": sum(acts) / len(acts),
+                "stats/update_time": batch_seconds - learner_wait,
+                "stats/queue_size": len(actors.finished),
+            }
+            episodes = [episode for part in ended for episode in part]
+            if episodes:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+                last_returns.extend(episode_return for episode_return, _ in episodes)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
+            lag, tv, kl = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "losses/approx_kl"))
+            status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, KL {kl:.4f}"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update(min(global_step, args.total_timesteps) - progress.n)
+            sps = f"{scalars['charts/SPS']:.0f} SPS"
+            if progress.disable and now >= next_line:
+                print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
+                next_line = now + 5
+    finally:
+        actors.stop()
+        progress.close()
+        writer.close()
+    print(
+        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
+        f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
+        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in runs/{run_name}"
+    )
+    return agent
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
