@@ -6,7 +6,7 @@ with the current policy and critic at every gradient step, on minibatches of who
     python impala_baseline.py                                               # HalfCheetah-v4, free running
     python impala_baseline.py --lag-schedule mixture --lag 8                # injected lag
     python impala_baseline.py --env-id Pong-v5                              # Atari, with its own defaults
-    python impala_baseline.py --update-epochs 10 --num-minibatches 16       # about as many updates as PPO and VACO
+    python impala_baseline.py --update-epochs 20 --num-minibatches 16       # as many updates as PPO and VACO make
 
   PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                  |
@@ -19,6 +19,7 @@ with the current policy and critic at every gradient step, on minibatches of who
 
 import contextlib
 import difflib
+import itertools
 import math
 import multiprocessing as mp
 import os
@@ -29,7 +30,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
 from types import SimpleNamespace
@@ -79,11 +80,12 @@ class Args:
 
     update_epochs: int = 1  # passes over each batch
     num_minibatches: int | None = None  # minibatches of whole sequences, that is gradient steps, per pass; 8, Atari 1
-    learning_rate: float | None = None  # the learning rate; of Adam 6e-4, of Atari's RMSprop 6e-4
-    sum_loss: bool | None = None  # if toggled, losses are sums over a minibatch, as published; off (means), Atari on
+    learning_rate: float = 6e-4  # the learning rate of Adam; Atari: of RMSprop
+    # if toggled, losses are sums over a minibatch, which max_grad_norm has to fit; off (means), Atari on, as published
+    sum_loss: bool | None = None
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
     gamma: float = 0.99  # the discount factor
-    gae_lambda: float = 1.0  # the trace decay of V-trace; 1 is IMPALA's
+    gae_lambda: float = 1.0  # the trace decay of V-trace; 1 is IMPALA's, below it advantages decay as in GAE
     ent_coef: float | None = None  # coefficient of the entropy bonus; 0, Atari 0.01
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float | None = None  # the largest norm of a gradient; 0.5, Atari 40
@@ -92,14 +94,13 @@ class Args:
     c_bar: float = 1.0  # upper bound of the importance weight by which a trace is carried on
 
 
-# The flags that None leaves to the domain. Atari: the values of the IMPALA paper
+# The flags that None leaves to the domain. Atari: the IMPALA paper's optimiser, losses and batch of 32 x 20 samples
 DEFAULTS = {  # flag: (continuous control, Atari)
     "total_timesteps": (1_000_000, 10_000_000),
     "num_envs": (16, 8),
     "num_steps": (128, 20),
     "rollouts_per_batch": (1, 4),
     "num_minibatches": (8, 1),
-    "learning_rate": (6e-4, 6e-4),
     "sum_loss": (False, True),
     "ent_coef": (0.0, 0.01),
     "max_grad_norm": (0.5, 40.0),
@@ -134,7 +135,10 @@ def validate(args):
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     sequences = args.rollouts_per_batch * args.num_envs
     samples = sequences * args.num_steps
-    check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
+    limit = 2**17 if atari else 2**22
+    check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")
+    for name, default in (("episodic_life", True), ("reward_clip", True), ("repeat_action_probability", 0)):
+        check(args, name, atari or getattr(args, name) == default, f"is for Atari games, which {args.env_id} is not")
     divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
     nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
     advice = f"cannot split the {sequences} sequences of a batch evenly; type --num-minibatches {nearest}"
@@ -149,7 +153,7 @@ def closest_tasks(env_id, supported):
     """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
     tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
     similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
-    return [tasks[name] for name in similar if supported(tasks[name])][:3]
+    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
 
 
 def continuous_sizes(env_id):
@@ -231,6 +235,7 @@ class AtariEnvs:
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
         self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
         self.obs, info = self.envs.reset()
+        self.lives = info["lives"]
         assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
 
     def write_obs(self, out, t):
@@ -241,13 +246,17 @@ class AtariEnvs:
 
     def step(self, actions):
         """Actions [C] -> rewards, terminated, truncated [C], (score, length) of each game that ended."""
-        restarts = self.over
         self.obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
-        self.returns, self.lengths = self.returns + info["reward"], self.lengths + self.valid
+        # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
+        unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
+        self.ages = np.where(self.over | unseen, 0, np.minimum(self.ages + 1, 3)).astype(
+            np.uint8
+        )  # frames of this game
+        episodes = list(zip(self.returns[unseen], self.lengths[unseen], strict=True))
+        self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
         self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
-        self.ages = np.where(restarts, 0, np.minimum(self.ages + 1, 3)).astype(np.uint8)  # frames before in this game
-        episodes = list(zip(self.returns[self.over], self.lengths[self.over], strict=True))
-        self.returns[self.over], self.lengths[self.over] = 0, 0
+        episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
+        self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
         return rewards, terminated, truncated, episodes
 
 
@@ -310,7 +319,7 @@ class Agent(nn.Module):
             hidden = [layer_init(nn.Linear(obs_size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
             return nn.Sequential(*hidden, layer_init(nn.Linear(64, out_size), std=std))
 
-        self.network, self.critic, self.actor = nn.Identity(), mlp(1, std=1.0), mlp(action_size, std=0.01)
+        self.critic, self.actor = mlp(1, std=1.0), mlp(action_size, std=0.01)
         self.actor_logstd = nn.Parameter(torch.zeros(action_size))
         self.register_buffer("obs_mean", torch.zeros(obs_size))
         self.register_buffer("obs_var", torch.ones(obs_size))
@@ -364,9 +373,10 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
         v_t     = V_t + acc_t
         A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
 
-    IMPALA's V-trace (arXiv 1802.01561, section 4.1), once per batch (VACO, arXiv 2603.01365); GAE if rho = 1. A_t has
-    no rho_t of its own, because the surrogate multiplies by pi/beta already. After a truncation, V_{t+1} is the value
-    of the true last observation. All rows come in; what dummy rows get means nothing, and they reach no other row.
+    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), at every gradient step, with the current policy in the place of
+    pi_T; VACO's (arXiv 2603.01365) once per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring
+    it. After a truncation, V_{t+1} is the value of the true last observation. All rows come in; what dummy rows get
+    means nothing, and they reach no other row.
 
     Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
     the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
@@ -383,7 +393,8 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
 
 def impala_loss(logprobs, ratios, advantages, rho_bar):
     """Policy gradient, arXiv 1802.01561, section 4.2: mean of -min(rho_bar, r) A log pi over [M] samples. Only logprobs
-    have a gradient; ratios are pi/beta, and A_t = r_t + gamma v_{t+1} - V_t comes from `vtrace`."""
+    have a gradient; ratios are pi/beta, and A_t = r_t + gamma v_{t+1} - V_t comes from `vtrace`, with
+    gae_lambda 1."""
     return -(ratios.clamp(max=rho_bar) * advantages * logprobs).mean()
 
 
@@ -585,6 +596,7 @@ class Actors:
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
     flags cannot work, RuntimeError if an actor or the arithmetic failed."""
+    args = replace(args)  # the caller's stays as it is
     validate(args)
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     torch.manual_seed(args.seed)
@@ -635,7 +647,7 @@ def train(args):
             learner_wait = time.perf_counter() - asked
             batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
             lags = (version - rollouts.version[slots]).float()  # [R]
-            for slot in slots:
+            for slot in () if atari else slots:
                 reward_scaler.update(slot // slots_per_actor, rollouts.arrays(slot))
             actors.issue(newest=version, freed=slots)
 
@@ -655,7 +667,7 @@ def train(args):
                 for mb in torch.randperm(len(dones[0]), device=device).chunk(args.num_minibatches):
                     valid = batch.valid[:, mb]  # [T, n]; dummy steps end behind it: M valid rows
                     newlogprobs, entropies, newvalues = agent.evaluate(obs[:-1, mb], batch.actions[:, mb])  # [T, n]
-                    log_ratios = newlogprobs - batch.logprobs[:, mb]  # pi/beta
+                    log_ratios = newlogprobs - batch.logprobs[:, mb]  # log pi/beta
                     with torch.no_grad():
                         bootstrap = agent.get_value(obs[-1:, mb])  # [1, n]
                     settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
@@ -687,7 +699,8 @@ def train(args):
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
-            if not all(map(math.isfinite, means.values())):
+            finite = [math.isfinite(value) for name, value in means.items() if name != "losses/explained_variance"]
+            if not all(finite):
                 raise RuntimeError(f"not finite in the batch after step {global_step}, version {version}: {means}")
             with torch.no_grad():
                 final_logprobs = agent.evaluate(obs[:-1], batch.actions)[0]

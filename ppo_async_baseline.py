@@ -1,7 +1,7 @@
 """PPO-clip, PPO-KL, SPO and decoupled PPO under policy lag: baselines for VACO, on the same actors, in one file.
 
-Only the objective (`--objective`) differs from vaco_async_mujoco.py and vaco_async_atari.py: actors act with old
-versions of the policy (*policy lag*), and advantages are GAE on the learner's critic, on data as old as it is.
+What differs from vaco_async_mujoco.py is the objective (`--objective`), and that Atari games are played too. Actors act
+with old versions of the policy (*policy lag*); advantages are GAE on the learner's critic, on data as old as it is.
 
     python ppo_async_baseline.py                                                 # PPO-clip, HalfCheetah-v4
     python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8   # PPO-KL, injected lag
@@ -19,6 +19,7 @@ versions of the policy (*policy lag*), and advantages are GAE on the learner's c
 
 import contextlib
 import difflib
+import itertools
 import math
 import multiprocessing as mp
 import os
@@ -29,7 +30,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
 from types import SimpleNamespace
@@ -91,15 +92,15 @@ class Args:
     # from the learner's policy at the batch's arrival, importance-weighted from there to the policy that acted
     objective: Literal["clip", "kl", "spo", "decoupled"] = "clip"
     clip_coef: float | None = None  # clip, decoupled: how far the ratio may go from 1; 0.2, Atari 0.1
-    target_kl: float | None = None  # any objective: leave out the remaining passes when KL(beta, pi) is above this; off
+    target_kl: float | None = None  # any objective: no further pass once KL(beta, pi), backward lag and all, is over it
     kl_target: float = 0.03  # kl: what KL(beta, pi) per batch is steered to; a Gaussian TV of 0.1 is a KL of 0.032
-    kl_coef: float = 1.0  # kl: the penalty's coefficient b at the start
+    kl_coef: float = 1.0  # kl: the penalty's coefficient b at the start; it stays between 1e-4 and 1e4
     adapt_kl: bool = True  # kl: if toggled, b is doubled and halved to follow kl_target
     spo_eps: float = 0.2  # spo: the surrogate of a sample is largest at a ratio of 1 + sign(A) spo_eps
     max_importance: float = 10.0  # decoupled: upper bound of the importance weight pi_T/beta
 
 
-# The flags that None leaves to the domain: MuJoCo's and Atari's values of CleanRL's PPO
+# The flags that None leaves to the domain: CleanRL's PPO, but for MuJoCo's 16 environments of 128 steps, not 1 of 2048
 DEFAULTS = {  # flag: (continuous control, Atari)
     "total_timesteps": (1_000_000, 10_000_000),
     "num_envs": (16, 8),
@@ -129,7 +130,7 @@ def validate(args):
             setattr(args, name, defaults[atari])
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
-    lowest |= dict.fromkeys(("kl_target", "spo_eps", "max_importance"), 1e-9)
+    lowest |= {"kl_target": 1e-9, "spo_eps": 1e-9, "max_importance": 1e-9, "kl_coef": 1e-4}
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "repeat_action_probability": 1}
     for name, value in vars(args).items():
@@ -139,7 +140,10 @@ def validate(args):
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
-    check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
+    limit = 2**17 if atari else 2**22
+    check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")
+    for name, default in (("episodic_life", True), ("reward_clip", True), ("repeat_action_probability", 0)):
+        check(args, name, atari or getattr(args, name) == default, f"is for Atari games, which {args.env_id} is not")
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
     nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
     advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
@@ -154,7 +158,7 @@ def closest_tasks(env_id, supported):
     """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
     tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
     similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
-    return [tasks[name] for name in similar if supported(tasks[name])][:3]
+    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
 
 
 def continuous_sizes(env_id):
@@ -236,6 +240,7 @@ class AtariEnvs:
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
         self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
         self.obs, info = self.envs.reset()
+        self.lives = info["lives"]
         assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
 
     def write_obs(self, out, t):
@@ -246,13 +251,17 @@ class AtariEnvs:
 
     def step(self, actions):
         """Actions [C] -> rewards, terminated, truncated [C], (score, length) of each game that ended."""
-        restarts = self.over
         self.obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
-        self.returns, self.lengths = self.returns + info["reward"], self.lengths + self.valid
+        # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
+        unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
+        self.ages = np.where(self.over | unseen, 0, np.minimum(self.ages + 1, 3)).astype(
+            np.uint8
+        )  # frames of this game
+        episodes = list(zip(self.returns[unseen], self.lengths[unseen], strict=True))
+        self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
         self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
-        self.ages = np.where(restarts, 0, np.minimum(self.ages + 1, 3)).astype(np.uint8)  # frames before in this game
-        episodes = list(zip(self.returns[self.over], self.lengths[self.over], strict=True))
-        self.returns[self.over], self.lengths[self.over] = 0, 0
+        episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
+        self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
         return rewards, terminated, truncated, episodes
 
 
@@ -315,7 +324,7 @@ class Agent(nn.Module):
             hidden = [layer_init(nn.Linear(obs_size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
             return nn.Sequential(*hidden, layer_init(nn.Linear(64, out_size), std=std))
 
-        self.network, self.critic, self.actor = nn.Identity(), mlp(1, std=1.0), mlp(action_size, std=0.01)
+        self.critic, self.actor = mlp(1, std=1.0), mlp(action_size, std=0.01)
         self.actor_logstd = nn.Parameter(torch.zeros(action_size))
         self.register_buffer("obs_mean", torch.zeros(obs_size))
         self.register_buffer("obs_var", torch.ones(obs_size))
@@ -387,8 +396,10 @@ def kl_loss(ratios, log_ratios, advantages, kl_coef):
 
 
 def adapted_kl_coef(kl_coef, kl, kl_target):
-    """PPO-KL's coefficient for the next batch, arXiv 1707.06347, section 4: doubled or halved to steer the KL."""
-    return kl_coef * 2 if kl > 1.5 * kl_target else kl_coef / 2 if kl < kl_target / 1.5 else kl_coef
+    """PPO-KL's coefficient for the next batch, arXiv 1707.06347, section 4: doubled or halved to steer the KL. Bounded
+    here, because under lag the KL follows only some batches later."""
+    kl_coef = kl_coef * 2 if kl > 1.5 * kl_target else kl_coef / 2 if kl < kl_target / 1.5 else kl_coef
+    return min(max(kl_coef, 1e-4), 1e4)
 
 
 def spo_loss(ratios, advantages, spo_eps):
@@ -396,11 +407,12 @@ def spo_loss(ratios, advantages, spo_eps):
     return -(ratios * advantages - advantages.abs() * (ratios - 1).square() / (2 * spo_eps)).mean()
 
 
-def decoupled_loss(ratios, learner_ratios, advantages, clip_coef, max_importance):
-    """Decoupled PPO, arXiv 2110.00641: clipped around the proximal policy pi_T, weighted by pi_T/beta (capped)."""
-    proximal = ratios / learner_ratios  # pi/pi_T
-    clipped = proximal.clamp(1 - clip_coef, 1 + clip_coef)
-    return (learner_ratios.clamp(max=max_importance) * torch.max(-proximal * advantages, -clipped * advantages)).mean()
+def decoupled_loss(log_ratios, learner_log_ratios, advantages, clip_coef, max_importance):
+    """Decoupled PPO, arXiv 2110.00641: clipped around the proximal policy pi_T, weighted by pi_T/beta (capped). Takes
+    log pi/beta, log pi_T/beta and advantages, [M] each."""
+    proximal = (log_ratios - learner_log_ratios).exp()  # pi/pi_T
+    surrogate = torch.max(-proximal * advantages, -proximal.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+    return (learner_log_ratios.exp().clamp(max=max_importance) * surrogate).mean()
 
 
 class PolicyStore:
@@ -601,6 +613,7 @@ class Actors:
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
     flags cannot work, RuntimeError if an actor or the arithmetic failed."""
+    args = replace(args)  # the caller's stays as it is
     validate(args)
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     torch.manual_seed(args.seed)
@@ -649,7 +662,7 @@ def train(args):
             learner_wait = time.perf_counter() - asked
             batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
             lags = (version - rollouts.version[slots]).float()  # [R]
-            for slot in slots:
+            for slot in () if atari else slots:
                 reward_scaler.update(slot // slots_per_actor, rollouts.arrays(slot))
             actors.issue(newest=version, freed=slots)
 
@@ -663,9 +676,10 @@ def train(args):
             terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
             targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets, values[:-1])
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, advantages, targets, values[:-1])
             rows = [row[batch.valid] for row in rows]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = rows
+            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_advantages, b_targets, b_values = rows
+            b_learner_ratios = b_learner_log_ratios.exp()
 
             # OPTIMISE: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -687,8 +701,8 @@ def train(args):
                     elif args.objective == "spo":
                         policy_loss = spo_loss(ratios, mb_advantages, args.spo_eps)
                     else:
-                        decoupling = (b_learner_ratios[mb], mb_advantages, args.clip_coef, args.max_importance)
-                        policy_loss = decoupled_loss(ratios, *decoupling)
+                        settings = (mb_advantages, args.clip_coef, args.max_importance)
+                        policy_loss = decoupled_loss(log_ratios, b_learner_log_ratios[mb], *settings)
                     value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
@@ -697,13 +711,14 @@ def train(args):
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     with torch.no_grad():
+                        clipped_ratios = ratios / b_learner_ratios[mb] if args.objective == "decoupled" else ratios
                         update = {
                             "losses/policy_loss": policy_loss.detach(),
                             "losses/value_loss": value_loss.detach(),
                             "losses/entropy": entropy.detach(),
                             "losses/old_approx_kl": -log_ratios.mean(),
                             "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
-                            "losses/clipfrac": ((ratios - 1).abs() > args.clip_coef).float().mean(),
+                            "losses/clipfrac": ((clipped_ratios - 1).abs() > args.clip_coef).float().mean(),
                         }
                         updates.append(update)
                 kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]]).mean()
@@ -715,8 +730,9 @@ def train(args):
             if not all(map(math.isfinite, means.values())):
                 raise RuntimeError(f"not finite in the batch after step {global_step}, version {version}: {means}")
             with torch.no_grad():
-                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
-                kl = (final_ratios - 1 - final_ratios.log()).mean().item()
+                final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
+                final_ratios = final_log_ratios.exp()
+                kl = (final_ratios - 1 - final_log_ratios).mean().item()
             scalars = means | {"losses/kl_coef": kl_coef}
             if args.objective == "kl" and args.adapt_kl:
                 kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target)

@@ -22,6 +22,7 @@ advantages of the learner's policy (pi_T); (2) *filters*: when the total variati
 
 import contextlib
 import difflib
+import itertools
 import math
 import multiprocessing as mp
 import os
@@ -135,7 +136,7 @@ def closest_tasks(env_id, supported):
     """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
     tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
     similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
-    return [tasks[name] for name in similar if supported(tasks[name])][:3]
+    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
 
 
 def continuous_sizes(env_id):
@@ -276,9 +277,10 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
         v_t     = V_t + acc_t
         A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
 
-    IMPALA's V-trace (arXiv 1802.01561, section 4.1), once per batch (VACO, arXiv 2603.01365); GAE if rho = 1. A_t has
-    no rho_t of its own, because the surrogate multiplies by pi/beta already. After a truncation, V_{t+1} is the value
-    of the true last observation. All rows come in; what dummy rows get means nothing, and they reach no other row.
+    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), at every gradient step, with the current policy in the place of
+    pi_T; VACO's (arXiv 2603.01365) once per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring
+    it. After a truncation, V_{t+1} is the value of the true last observation. All rows come in; what dummy rows get
+    means nothing, and they reach no other row.
 
     Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
     the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
