@@ -249,9 +249,7 @@ class AtariEnvs:
         self.obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
         # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
         unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
-        self.ages = np.where(self.over | unseen, 0, np.minimum(self.ages + 1, 3)).astype(
-            np.uint8
-        )  # frames of this game
+        self.ages = np.minimum(self.ages + 1, 3) * ~(self.over | unseen)  # frames before, of the same game
         episodes = list(zip(self.returns[unseen], self.lengths[unseen], strict=True))
         self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
         self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)

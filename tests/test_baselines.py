@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, read_curves
-from test_algorithm import make_columns, vtrace_by_definition
+from test_algorithm import gae_by_episode, make_columns, vtrace_by_definition
 
 import impala_baseline
 import ppo_async_baseline as ppo
@@ -181,6 +181,57 @@ def test_one_update_at_zero_lag_is_advantage_actor_critic():
         torch.testing.assert_close(gradient, gradients["a2c"])
 
 
+@pytest.mark.parametrize("objective", ["clip", "kl", "spo", "decoupled", "impala"])
+def test_a_run_of_one_update_at_zero_lag_is_advantage_actor_critic(objective, monkeypatch):
+    """The weights after one gradient step on one batch are A2C's, written here by hand with Adam's first step."""
+    script = impala_baseline if objective == "impala" else ppo
+    flags = (
+        {"norm_adv": False, "objective": objective} if script is ppo else {"gae_lambda": 0.95, "learning_rate": 3e-4}
+    )
+    batches, rewards, start = [], [], []
+    batch_of, publish, estimator = (
+        script.Rollouts.batch,
+        script.PolicyStore.publish,
+        "gae" if script is ppo else "vtrace",
+    )
+    estimate, which = getattr(script, estimator), 0 if script is ppo else 1
+    monkeypatch.setattr(script.Rollouts, "batch", lambda *inputs: batches.append(batch_of(*inputs)) or batches[-1])
+    monkeypatch.setattr(script, estimator, lambda *inputs: rewards.append(inputs[which]) or estimate(*inputs))
+    monkeypatch.setattr(
+        script.PolicyStore,
+        "publish",
+        lambda self, agent, version: start.append(state_of(agent)) or publish(self, agent, version),
+    )
+    one = SMALL | {"total_timesteps": 1, "update_epochs": 1, "num_minibatches": 1}
+    trained = script.train(script.Args(**one, lag_schedule="fixed", anneal_lr=False, **flags))
+
+    batch, agent = batches[0], script.Agent(4, 1, False)
+    agent.load_state_dict(start[0])
+    if script is impala_baseline:  # it shuffles sequences: find each one's scaled rewards again
+        scale = (batch.rewards.sum() / rewards[0].sum()).item()
+        scaled = batch.rewards / scale
+    else:
+        scaled = rewards[0]
+    obs = agent.normalize(batch.obs)
+    values, logprobs = agent.get_value(obs), agent.evaluate(obs[:-1], batch.actions)[0]
+    columns = {
+        "rewards": scaled.numpy(),
+        "values": values.detach().numpy(),
+        "terminated": batch.terminated.numpy(),
+        "dones": (batch.terminated | batch.truncated).numpy(),
+        "valid": batch.valid.numpy(),
+    }
+    targets, advantages = (torch.tensor(result) for result in gae_by_episode(columns, 0.99, 0.95))
+    rows = batch.valid
+    policy_loss = -(advantages[rows] * logprobs[rows]).mean()
+    value_loss = 0.5 * (values[:-1][rows] - targets[rows]).square().mean()
+    (policy_loss + 0.5 * value_loss).backward()
+    torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+    for (name, parameter), (_, result) in zip(agent.named_parameters(), trained.named_parameters(), strict=True):
+        step = 3e-4 * parameter.grad / (parameter.grad.abs() + 1e-5)
+        torch.testing.assert_close(result.detach(), parameter.detach() - step, atol=2e-5, rtol=0, msg=name)
+
+
 def test_objectives_agree_in_the_first_update_of_a_zero_lag_run():
     """One epoch, one minibatch, one batch: clip, kl, spo and decoupled take the same step, up to rounding."""
     args = replace(ppo.Args(**SMALL), total_timesteps=1, update_epochs=1, num_minibatches=1, lag_schedule="fixed")
@@ -209,6 +260,15 @@ def test_impala_runs_on_continuous_control(schedule):
     agent = impala_baseline.train(impala_baseline.Args(**SMALL, lag_schedule=schedule, lag=2 * (schedule == "mixture")))
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
     assert {"losses/explained_variance", "lag/tv_total", "charts/SPS"} <= read_curves(".").keys()
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("schedule", ["async", "fixed", "mixture"])
+def test_atari_runs_in_every_schedule(schedule):
+    agent = ppo.train(ppo.Args(**SMALL_ATARI, lag_schedule=schedule, lag=2 * (schedule != "async")))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    lags = read_curves(".")["lag/versions_max"]
+    assert schedule != "fixed" or lags == [min(batch, 2) for batch in range(len(lags))]
     assert not mp.active_children()
 
 

@@ -91,10 +91,20 @@ def test_nothing_is_started_or_written_for_wrong_flags():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--lag", "4"], ["--env-id", "HalfCheeta-v4"], ["--tv-threshold", "nan"], ["--num-minibatches", "33"]]
+    ("script", "flags"),
+    [
+        ("vaco_async_mujoco", ["--lag", "4"]),
+        ("vaco_async_mujoco", ["--env-id", "HalfCheeta-v4"]),
+        ("vaco_async_mujoco", ["--tv-threshold", "nan"]),
+        ("vaco_async_mujoco", ["--num-minibatches", "33"]),
+        ("ppo_async_baseline", ["--lag", "4"]),
+        ("ppo_async_baseline", ["--env-id", "Pang-v5"]),
+        ("impala_baseline", ["--num-minibatches", "5"]),
+        ("impala_baseline", ["--env-id", "Pang-v5"]),
+    ],
 )
-def test_the_program_says_it_in_one_line_and_exits_with_2(flags):
-    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
+def test_the_program_says_it_in_one_line_and_exits_with_2(script, flags):
+    command = [sys.executable, REPOSITORY / f"{script}.py", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and not result.stdout
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"error: {flags[0]} ")
