@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -312,9 +313,10 @@ def test_an_actors_exception_ends_the_run_with_its_traceback(monkeypatch):
 def test_no_process_outlives_the_program(end):
     """Ctrl-C reaches all processes of a terminal; kill -9 only the learner."""
     command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", "--env-id", "Hopper-v4"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as program:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # Under nohup or as a background job a program inherits that it ignores Ctrl-C
+    heed_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, preexec_fn=heed_ctrl_c) as program:
         line = program.stdout.readline()
         assert line.startswith("step ")
         assert len(processes_of_session(program.pid)) >= 5
