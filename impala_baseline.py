@@ -129,7 +129,7 @@ def validate(args):
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
-    highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "repeat_action_probability": 1}
+    highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)

@@ -132,7 +132,7 @@ def validate(args):
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     lowest |= {"kl_target": 1e-9, "spo_eps": 1e-9, "max_importance": 1e-9, "kl_coef": 1e-4}
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
-    highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "repeat_action_probability": 1}
+    highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)

@@ -471,6 +471,7 @@ BAD = [
     (ppo, {"target_kl": -1.0}, "--target-kl -1.0"),
     (ppo, {"repeat_action_probability": 0.25}, "--repeat-action-probability 0.25: is for Atari"),
     (ppo, {"kl_coef": 0.0}, "--kl-coef 0.0"),
+    (ppo, {"env_id": "Pong-v5", "lag": 10_000, "lag_schedule": "fixed"}, "--lag 10000: must be a number from 0 to 500"),
     (ppo, {"env_id": "Pong-v5", "num_steps": 100_000}, "makes batches of"),
     (ppo, {"env_id": "Pung-v5"}, "Pong-v5"),
     (ppo, {"env_id": "CartPole-v1"}, "neither"),

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,6 +265,29 @@ def test_train_computes_what_it_logs_from_the_right_rows(env_id, monkeypatch):
         for tag, value in expected.items():
             assert curves[tag][v] == pytest.approx(float(value), rel=2e-3, abs=2e-5), (tag, v)
         assert steps["charts/SPS"][v] == seen_steps
+
+
+def test_waiting_is_the_time_in_collect(monkeypatch):
+    """By a clock that stands still but for 3 s in `collect` and 1 s in `publish`: 3/4 of the time is waiting."""
+    clock = SimpleNamespace(now=0.0)
+
+    def taking(seconds, function):
+        def wrapper(*inputs, **named):
+            result = function(*inputs, **named)
+            clock.now += seconds
+            return result
+
+        return wrapper
+
+    fake_time = SimpleNamespace(perf_counter=lambda: clock.now, time=time.time)
+    monkeypatch.setattr(vaco_async_mujoco, "time", fake_time)
+    monkeypatch.setattr(vaco_async_mujoco.Actors, "collect", taking(3.0, vaco_async_mujoco.Actors.collect))
+    monkeypatch.setattr(PolicyStore, "publish", taking(1.0, PolicyStore.publish))
+    train(replace(SMALL, lag_schedule="fixed"))
+    curves, steps = read_curves("."), read_curves(".", field="step")
+    assert set(curves["stats/learner_wait"]) == {0.75} and set(curves["stats/update_time"]) == {1.0}
+    expected = [step / (4.0 * (batch + 1)) for batch, step in enumerate(steps["charts/SPS"])]
+    np.testing.assert_allclose(curves["charts/SPS"], expected, rtol=1e-6)
 
 
 def test_a_result_that_is_not_finite_stops_the_run():
