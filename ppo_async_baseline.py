@@ -32,6 +32,7 @@ import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 from typing import Literal
@@ -268,9 +269,12 @@ def stack_frames(frames, ages):
 
     ages [T + 1, N] counts earlier frames of the same game, up to 3: envpool repeats the first where there are fewer.
     """
+    N = frames.shape[1]
     back = torch.arange(3, -1, -1, device=frames.device).minimum(ages.long().unsqueeze(-1))  # [T + 1, N, 4]
     rows = torch.arange(3, len(frames), device=frames.device).view(-1, 1, 1) - back
-    return frames[rows, torch.arange(frames.shape[1], device=frames.device).view(1, -1, 1)]
+    index = rows * N + torch.arange(N, device=frames.device).view(1, -1, 1)
+    # 7 times faster than frames[rows, columns], which copies byte by byte
+    return frames.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *frames.shape[2:])
 
 
 class RewardScaler:
@@ -542,7 +546,9 @@ class Actors:
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
-        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner
+        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner. The resource
+        # tracker must run before, because starting it would lift the block
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         for index in range(self.args.num_actors):
             ours, theirs = context.Pipe()

@@ -35,6 +35,7 @@ import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 from typing import Literal
@@ -448,7 +449,9 @@ class Actors:
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
-        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner
+        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner. The resource
+        # tracker must run before, because starting it would lift the block
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         for index in range(self.args.num_actors):
             ours, theirs = context.Pipe()
