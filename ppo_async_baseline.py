@@ -64,6 +64,7 @@ class Args:
     episodic_life: bool = True  # Atari: if toggled, a lost life ends an episode, but for the score
     reward_clip: bool = True  # Atari: if toggled, the learner sees the sign of rewards; scores are raw
     repeat_action_probability: float = 0.0  # Atari: the probability of a sticky action
+    bf16: bool = False  # Atari: if toggled, the CNN computes in bfloat16, in learner and actors
 
     # Actors decide how old the data is when it arrives (backward lag)
 
@@ -143,8 +144,9 @@ def validate(args):
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     limit = 2**17 if atari else 2**22
     check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")
-    for name, default in (("episodic_life", True), ("reward_clip", True), ("repeat_action_probability", 0)):
-        check(args, name, atari or getattr(args, name) == default, f"is for Atari games, which {args.env_id} is not")
+    for name in ("episodic_life", "reward_clip", "repeat_action_probability", "bf16"):
+        unset = getattr(args, name) == getattr(Args, name)
+        check(args, name, atari or unset, f"is for Atari games, which {args.env_id} is not")
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
     nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
     advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
@@ -312,14 +314,16 @@ class Agent(nn.Module):
     while a version acts and while a batch trains.
     """
 
-    def __init__(self, obs_size, action_size, atari):
+    def __init__(self, obs_size, action_size, atari, bf16=False):
         super().__init__()
-        self.atari = atari
+        self.atari, self.bf16 = atari, bf16
         if atari:
             convolutions = [layer_init(nn.Conv2d(*shape)) for shape in ((4, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))]
             layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
             self.network = nn.Sequential(*layers, nn.Flatten(), layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
             self.actor, self.critic = layer_init(nn.Linear(512, action_size), 0.01), layer_init(nn.Linear(512, 1), 1)
+            # Convolutions are faster where the channels of a pixel are neighbours in memory
+            self.to(memory_format=torch.channels_last)
             return
 
         def mlp(out_size, std):
@@ -338,7 +342,9 @@ class Agent(nn.Module):
     def features(self, obs):
         """What policy and critic have in common: [..., 512] for Atari, the normalised observations otherwise."""
         if self.atari:
-            return self.network(obs.flatten(0, -4) / 255).unflatten(0, obs.shape[:-3])
+            with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.network(obs.flatten(0, -4) / 255)
+            return hidden.float().unflatten(0, obs.shape[:-3])
         return obs
 
     def get_value(self, obs):
@@ -627,7 +633,7 @@ def train(args):
 
     atari = atari_actions(args.env_id) is not None
     obs_size, action_size = (0, atari_actions(args.env_id)) if atari else continuous_sizes(args.env_id)
-    make_agent = partial(Agent, obs_size, action_size, atari)
+    make_agent = partial(Agent, obs_size, action_size, atari, args.bf16)
     agent = make_agent().to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     obs_statistics = RunningMeanStd(shape=obs_size)

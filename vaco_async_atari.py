@@ -1,0 +1,670 @@
+"""VACO on Atari: asynchronous on-policy reinforcement learning under policy lag, in one file.
+
+"Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. What differs from
+vaco_async_mujoco.py is the environment (stacks of frames, lives), the agent (one CNN for policy and critic) and the
+hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
+
+    python vaco_async_atari.py                                           # Pong-v5, 4 actors, free running
+    python vaco_async_atari.py --env-id Breakout-v5 --bf16               # bfloat16: faster where the processor has it
+    python vaco_async_atari.py --actor-device cuda --num-envs 64         # actors act on the GPU, too
+    python vaco_async_atari.py --lag-schedule mixture --lag 8            # each rollout by one of the last 9 versions
+
+  PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
+        | copy one version, once per rollout                                                                  |
+        v                                                                                                     |
+  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
+        | fill one slot: obs, action, log-prob, reward, terminated, truncated, valid, version                 ^
+        v                                                                                                     |
+  Rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
+"""
+
+import contextlib
+import difflib
+import itertools
+import math
+import multiprocessing as mp
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+from typing import Literal
+
+import envpool
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of networks, minibatches, action noise and environments
+    torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
+    cuda: bool = True  # if toggled, the learner runs on the GPU when there is one
+    actor_device: Literal["cpu", "cuda"] = "cpu"  # where actors act; on the GPU, give each more environments
+    bf16: bool = False  # if toggled, the CNN computes in bfloat16, in learner and actors; parameters stay float32
+    learner_threads: int = 1  # CPU threads of the learner; more than one only where cores would idle otherwise
+
+    env_id: str = "Pong-v5"  # any Atari game of envpool: Breakout-v5, MsPacman-v5, ...
+    total_timesteps: int = 10_000_000  # environment steps to train for; one is 4 frames
+    episodic_life: bool = True  # if toggled, a lost life ends an episode for the learner; scores are of whole games
+    reward_clip: bool = True  # if toggled, the learner sees the sign of rewards; scores are raw
+    repeat_action_probability: float = 0.0  # the probability of a sticky action, in place of the chosen one
+
+    # Actors decide how old the data is when it arrives (backward lag)
+
+    num_actors: int = 4  # actor processes; free running, data is about num_actors / rollouts_per_batch versions old
+    num_envs: int = 8  # environments per actor
+    num_steps: int = 128  # steps per environment in one rollout
+    rollouts_per_batch: int = 1  # rollouts per batch, which has rollouts_per_batch * num_steps * num_envs samples
+    # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
+    # each rollout is drawn uniformly from the last `lag + 1`
+    lag_schedule: Literal["async", "fixed", "mixture"] = "async"
+    lag: int = 0  # policy lag of the lockstep schedules, in versions; there is one version per batch
+
+    # The number of updates decides how far the policy moves on one batch (forward lag)
+
+    update_epochs: int = 4  # passes over each batch
+    num_minibatches: int = 4  # minibatches, that is gradient steps, per pass
+    learning_rate: float = 2.5e-4  # the learning rate of Adam
+    anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
+    gamma: float = 0.99  # the discount factor
+    gae_lambda: float = 0.95  # the trace decay of the advantages; 1 gives IMPALA's plain V-trace
+    norm_adv: bool = True  # if toggled, advantages are normalised per minibatch, before the filter
+    ent_coef: float = 0.01  # coefficient of the entropy bonus
+    vf_coef: float = 0.5  # coefficient of the value loss
+    max_grad_norm: float = 0.5  # the largest norm of a gradient
+
+    align: bool = True  # if toggled, V-trace aligns advantages with the learner's policy; --no-align: GAE on stale data
+    rho_bar: float = 1.0  # V-trace: upper bound of the importance weight of a temporal difference
+    c_bar: float = 1.0  # V-trace: upper bound of the importance weight by which a trace is carried on
+    filter: bool = True  # if toggled, gradients that raise the total variation are dropped while it is over budget
+    # the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. For the other reading in
+    # use, a budget of 0.2 on mean |pi/beta - 1|, type --tv-threshold 0.1
+    tv_threshold: float = 0.2
+    # where the total variation is measured from: behavior, the policy that acted (backward and forward lag), or
+    # learner, the policy at the batch's arrival (forward lag alone)
+    tv_anchor: Literal["behavior", "learner"] = "behavior"
+
+
+class UsageError(Exception):
+    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
+
+
+def check(args, name, holds, advice):
+    """Raise UsageError about the flag `name` unless `holds`."""
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+
+
+def validate(args):
+    """Check all flags, before any process starts. Raises UsageError."""
+    counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
+    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
+    lowest["learner_threads"] = 1
+    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
+    highest |= {"rollouts_per_batch": 1024, "lag": 500, "repeat_action_probability": 1, "learner_threads": 256}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):
+            low, high = lowest.get(name, 0), highest.get(name, 10**12)
+            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
+    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    samples = args.rollouts_per_batch * args.num_steps * args.num_envs
+    check(args, "num_steps", samples <= 2**17, f"makes batches of {samples} samples, more than {2**17}")
+    divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
+    nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
+    advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
+    check(args, "num_minibatches", args.num_minibatches in divisors, advice)
+    no_gpu = args.actor_device == "cuda" and not torch.cuda.is_available()
+    check(args, "actor_device", not no_gpu, "there is no GPU that torch can use; type --actor-device cpu")
+    if atari_actions(args.env_id) is None:
+        closest = ", ".join(closest_tasks(args.env_id, atari_actions))
+        check(args, "env_id", False, f"not an Atari game of envpool; closest: {closest}")
+
+
+def closest_tasks(env_id, supported):
+    """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
+    tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
+    similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
+    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
+
+
+def atari_actions(env_id):
+    """The number of actions of an envpool Atari game; None of any other task."""
+    try:
+        spec = envpool.make_spec(env_id)
+    except Exception:  # unknown, or without the system libraries or files that it needs
+        return None
+    return int(spec.action_space.n) if hasattr(spec.config, "full_action_space") else None
+
+
+class AtariEnvs:
+    """The environments of one actor: C copies of an Atari game, `obs` [C, 4, 84, 84] uint8, the last 4 grey frames.
+
+    envpool resets on the *next* step, which is a dummy: see `valid` [C]. With episodic_life a lost life is a terminated
+    step for the learner, while returns and lengths are of whole games, in raw score. All else is envpool's default and
+    the usual one: up to 30 no-ops, fire on reset, 4 frames per step, minimal action set, games cut after 27000 steps.
+    """
+
+    def __init__(self, env_id, num_envs, seed, **options):
+        self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
+        self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
+        self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
+        self.obs, info = self.envs.reset()
+        self.lives = info["lives"]
+        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+
+    def write_obs(self, out, t):
+        """Write the newest frame before step t to a slot, at its start also the three before: 1/4 of all stacks."""
+        if t == 0:
+            out.obs[:3] = self.obs[:, :3].swapaxes(0, 1)
+        out.obs[t + 3], out.ages[t] = self.obs[:, 3], self.ages
+
+    def step(self, actions):
+        """Actions [C] -> rewards, terminated, truncated [C], (score, length) of each game that ended."""
+        self.obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
+        # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
+        unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
+        self.ages = np.minimum(self.ages + 1, 3) * ~(self.over | unseen)  # frames before, of the same game
+        episodes = list(zip(self.returns[unseen], self.lengths[unseen], strict=True))
+        self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
+        self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
+        episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
+        self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
+        return rewards, terminated, truncated, episodes
+
+
+def stack_frames(frames, ages):
+    """The stacks that `AtariEnvs.write_obs` took apart: frames [T + 4, N, 84, 84] -> [T + 1, N, 4, 84, 84].
+
+    ages [T + 1, N] counts earlier frames of the same game, up to 3: envpool repeats the first where there are fewer.
+    """
+    N = frames.shape[1]
+    back = torch.arange(3, -1, -1, device=frames.device).minimum(ages.long().unsqueeze(-1))  # [T + 1, N, 4]
+    rows = torch.arange(3, len(frames), device=frames.device).view(-1, 1, 1) - back
+    index = rows * N + torch.arange(N, device=frames.device).view(1, -1, 1)
+    # 7 times faster than frames[rows, columns], which copies byte by byte
+    return frames.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *frames.shape[2:])
+
+
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """Categorical policy and critic on one Nature CNN (doi 10.1038/nature14236), for stacks of frames [..., 4, 84, 84].
+
+    With `bf16` the CNN computes in bfloat16, wherever the agent runs: if only the learner did, its rounding would pass
+    for policy lag. Parameters, the two heads, probabilities and losses are float32 always.
+    """
+
+    def __init__(self, action_size, bf16=False, device="cpu"):
+        super().__init__()
+        self.bf16 = bf16
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(512, action_size), std=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        # Convolutions are faster where the channels of a pixel are neighbours in memory
+        self.to(device, memory_format=torch.channels_last)
+
+    def features(self, obs):
+        """Frames [..., 4, 84, 84] uint8 -> what policy and critic have in common, [..., 512]."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.network(obs.flatten(0, -4) / 255)
+        return hidden.float().unflatten(0, obs.shape[:-3])
+
+    def get_value(self, obs):
+        return self.critic(self.features(obs)).squeeze(-1)
+
+    def act(self, obs, generator):
+        """Sample: frames [C, 4, 84, 84] -> actions [C], log-probabilities [C]. All on the CPU, but for the networks."""
+        logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
+        actions = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
+
+    def evaluate(self, obs, actions):
+        """Frames [..., 4, 84, 84], actions [...] -> log-probabilities [...], mean entropy (scalar), values [...]."""
+        features = self.features(obs)
+        logprobs = self.actor(features).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy, self.critic(features).squeeze(-1)
+
+
+@torch.no_grad()
+def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, c_bar):
+    """Align: critic targets v_t, and advantages A_t of the learner's policy pi_T on data of the behaviour policy beta.
+
+        delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t
+        acc_t   = min(rho_bar, rho_t) delta_t + gamma lam (1 - done_t) min(c_bar, rho_t) acc_{t+1},     acc_T = 0
+        v_t     = V_t + acc_t
+        A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
+
+    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), at every gradient step, with the current policy in the place of
+    pi_T; VACO's (arXiv 2603.01365) once per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring
+    it. After a truncation, V_{t+1} is the value of the true last observation. All rows come in; what dummy rows get
+    means nothing, and they reach no other row.
+
+    Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
+    the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
+    [T, N] of 0 and 1; discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
+    """
+    rhos, discounts = log_ratios.exp(), gamma * lam * (1 - dones)
+    deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
+    clipped_deltas, decays = rhos.clamp(max=rho_bar) * deltas, discounts * rhos.clamp(max=c_bar)
+    acc = torch.zeros_like(values)  # [T + 1, N]
+    for t in reversed(range(len(rewards))):
+        acc[t] = clipped_deltas[t] + decays[t] * acc[t + 1]
+    return values[:-1] + acc[:-1], deltas + discounts * acc[1:]
+
+
+def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
+    """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
+
+        D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
+        keep_i = 1                               if D <= tv_threshold
+                 1[A_i (r_i - anchor_i) <= 0]    otherwise
+
+    The sign: grad r A = r A grad log pi, and grad 1/2 |r - anchor| = 1/2 sign(r - anchor) r grad log pi, so ascent on
+    the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
+
+    Takes valid rows only: ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since normalising
+    changes signs; the budget on D, the 1/2 included; anchor_ratios pi_T/beta [M], to measure from the learner's policy
+    pi_T, where None is 1, the behaviour policy. Returns keep [M], boolean, and tv, the scalar tensor D.
+    """
+    moved = ratios - (1 if anchor_ratios is None else anchor_ratios)
+    tv = 0.5 * moved.abs().mean()
+    return (tv <= tv_threshold) | (advantages * moved <= 0), tv
+
+
+def vaco_loss(ratios, advantages, keep):
+    """-1/M sum_i keep_i r_i A_i over [M] samples. Dropped ones count in M, so they shorten the step (2603.01365)."""
+    return -torch.where(keep, ratios * advantages, 0).mean()
+
+
+class PolicyStore:
+    """The last published versions of a policy, one flat float32 row each, in shared memory.
+
+    One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
+    the row is written, and a copy counts if the stamp was right before and after it (on x86, stores appear in order).
+    """
+
+    def __init__(self, agent, num_versions):
+        size = sum(tensor.numel() for tensor in agent.state_dict().values())
+        self.rows = torch.zeros(num_versions, size).share_memory_()
+        self.stamps = torch.full((num_versions,), -1).share_memory_()  # the version in each row
+        self.latest = torch.tensor(-1).share_memory_()
+
+    def publish(self, agent, version):
+        """Store the agent's parameters and buffers as `version`, over the oldest one."""
+        row = version % len(self.rows)
+        self.stamps[row] = -1
+        self.rows[row] = torch.cat([tensor.flatten() for tensor in agent.state_dict().values()])
+        self.stamps[row] = version
+        self.latest.fill_(version)
+
+    def load(self, agent, version):
+        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        while True:
+            wanted = self.latest.item() if version == LATEST else version
+            row = wanted % len(self.rows)
+            before, copy, after = self.stamps[row].item(), self.rows[row].clone(), self.stamps[row].item()
+            if before == after == wanted:
+                break
+            if version != LATEST:
+                raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
+        tensors = list(agent.state_dict().values())
+        for tensor, part in zip(tensors, copy.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return wanted
+
+
+class Rollouts:
+    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
+    observations (a step more, for the last value) are given as zeros in the shape and type of one slot. Rewards are
+    raw, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
+
+    def __init__(self, num_slots, actions, **observations):
+        numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
+        fields = observations | {"actions": actions, "logprobs": numbers, "rewards": numbers}
+        fields |= {"terminated": flags, "truncated": flags, "valid": flags, "version": torch.tensor(0)}
+        for name, field in fields.items():
+            setattr(self, name, torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_())
+
+    def arrays(self, slot):
+        """NumPy views of one slot, by name: cheaper to fill step by step than tensors."""
+        return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
+
+    def batch(self, slots, device):
+        """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
+        fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
+        return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
+
+
+def actor(make_agent, make_envs, seed, store, rollouts, learner):
+    """An actor process: for every ticket, load one policy version and fill one slot with it.
+
+    Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
+    [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
+    try:
+        agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
+        learner.send(None)
+        while True:
+            asked = time.perf_counter()
+            slot, version = learner.recv()
+            begun = time.perf_counter()
+            out, episodes = rollouts.arrays(slot), []
+            out.version[...] = store.load(agent, version)
+            for t in range(len(out.rewards)):
+                envs.write_obs(out, t)
+                with torch.inference_mode():
+                    actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
+                out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
+                out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                episodes += ended
+            envs.write_obs(out, t + 1)
+            learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
+    except (EOFError, ConnectionError):
+        pass  # the learner is gone
+    except Exception:
+        learner.send(traceback.format_exc())
+
+
+def actor_seed(args, index):
+    """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
+    bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint."""
+    return (args.seed * 2**16 + index * args.num_envs) % 2**31
+
+
+def ticket_version(args, rollout):
+    """The policy version that must collect a rollout (counted from 0): the definition of the lag schedules. The draws
+    of `mixture` depend on seed and rollout alone; early on they are uniform over the versions that exist."""
+    batch = rollout // args.rollouts_per_batch
+    if args.lag_schedule == "async":
+        return LATEST
+    if args.lag_schedule == "fixed":
+        return max(batch - args.lag, 0)
+    return batch - int(np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1))
+
+
+class Actors:
+    """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
+
+    A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
+    has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
+    number of slots, nothing is dropped. Batch v is made, lockstep, of the R rollouts from v R on, in this order, so
+    that nothing depends on timing; async, of the R that were finished first.
+    """
+
+    def __init__(self, args, slots_per_actor):
+        self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, 0
+        self.issued = [0] * args.num_actors  # tickets given to each actor so far
+        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
+        self.finished = {}  # place in the order of training -> what the actor sent
+        self.processes, self.connections = [], []
+
+    def start(self, make_agent, make_envs, store, rollouts):
+        """Start the actors, with the arguments of `actor`, and block until all are ready."""
+        # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
+        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
+        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner. The resource
+        # tracker must run before, because starting it would lift the block
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for index in range(self.args.num_actors):
+            ours, theirs = context.Pipe()
+            arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+            self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
+            self.processes[-1].start()
+            theirs.close()  # so that the pipe ends with the actor
+            self.connections.append(ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        ready = 0
+        while ready < self.args.num_actors:
+            ready += len(self.receive())
+
+    def receive(self, timeout=None):
+        """Block until actors send something; returns a list of it. Raises RuntimeError if an actor failed or died."""
+        messages = []
+        for connection in wait(self.connections, timeout):
+            process = self.processes[self.connections.index(connection)]
+            try:
+                messages.append(connection.recv())
+            except (EOFError, ConnectionError):
+                process.join(10)
+                raise RuntimeError(f"{process.name} died, exit code {process.exitcode} (-n: signal n)") from None
+            if isinstance(messages[-1], str):
+                raise RuntimeError(f"{process.name} failed:\n{messages[-1]}")
+        return messages
+
+    def issue(self, newest, freed=()):
+        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
+        slots that have been copied and may be filled again."""
+        for slot in freed:
+            self.rollout_in.pop(slot)
+        for index, connection in enumerate(self.connections):
+            while True:
+                rollout = index + self.issued[index] * self.args.num_actors
+                slot = index * self.slots_per_actor + self.issued[index] % self.slots_per_actor
+                version = ticket_version(self.args, rollout)
+                if slot in self.rollout_in or version > newest:
+                    break
+                with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
+                    connection.send((slot, version))
+                self.rollout_in[slot] = rollout
+                self.issued[index] += 1
+
+    def collect(self, batch):
+        """Block until the rollouts of a batch are there; returns what actors sent, in the order of training."""
+        places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
+        while True:
+            complete = all(place in self.finished for place in places)
+            messages = self.receive(timeout=0 if complete else None)
+            for message in messages:
+                place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
+                self.finished[place] = message
+                self.arrivals += 1
+            if complete and not messages:
+                return [self.finished.pop(place) for place in places]
+
+    def stop(self):
+        """End the actors at once: they hold nothing worth waiting for."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def train(args):
+    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
+    flags cannot work, RuntimeError if an actor or the arithmetic failed."""
+    validate(args)
+    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.learner_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    make_agent = partial(Agent, atari_actions(args.env_id), args.bf16)
+    agent = make_agent(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
+    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
+    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
+    T, C = args.num_steps, args.num_envs
+    frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
+    fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
+    rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
+    actors = Actors(args, slots_per_actor)
+
+    options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
+    make_envs = partial(AtariEnvs, args.env_id, C, **options)
+
+    writer = SummaryWriter(f"runs/{run_name}")
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    progress = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
+    seconds = Counter()  # over the whole run
+    try:
+        actors.start(partial(make_agent, args.actor_device), make_envs, store, rollouts)
+        actors.issue(newest=0)
+        batch_time = time.perf_counter()
+        while global_step < args.total_timesteps:
+            # COLLECT a batch, copy it, and let its slots be filled again while we train
+            asked = time.perf_counter()
+            slots, ended, waits, acts = map(list, zip(*actors.collect(batch=version), strict=True))
+            learner_wait = time.perf_counter() - asked
+            batch = rollouts.batch(slots, device)  # [T (obs: T + 4, ages: T + 1), N, ...]
+            lags = (version - rollouts.version[slots]).float()  # [R]
+            actors.issue(newest=version, freed=slots)
+
+            # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
+            with torch.no_grad():
+                obs = stack_frames(batch.obs, batch.ages)  # [T + 1, N, 4, 84, 84]
+                learner_logprobs, _, values = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
+                values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
+                learner_log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
+            terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
+            aligned = learner_log_ratios if args.align else torch.zeros_like(learner_log_ratios)
+            settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
+            targets, advantages = vtrace(aligned, batch.rewards, values, terminated, dones, *settings)  # [T, N]
+            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets, values[:-1])
+            rows = [row[batch.valid] for row in rows]
+            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = rows
+
+            # FILTER: minibatch updates of pi
+            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+            updates = []
+            for _ in range(args.update_epochs):
+                # Each row once per epoch; the minibatches' sizes differ by one at most
+                for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
+                    newlogprobs, entropy, newvalues = agent.evaluate(b_obs[mb], b_actions[mb])
+                    log_ratios = newlogprobs - b_behavior_logprobs[mb]  # [M]
+                    ratios, mb_advantages = log_ratios.exp(), b_advantages[mb]  # [M], pi/beta
+                    if args.norm_adv:
+                        mb_advantages = mb_advantages - mb_advantages.mean()
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
+                    anchor_ratios = b_learner_ratios[mb] if args.tv_anchor == "learner" else None
+                    keep, tv = tv_filter(ratios.detach(), mb_advantages, args.tv_threshold, anchor_ratios)
+                    keep = keep | (not args.filter)
+                    policy_loss = vaco_loss(ratios, mb_advantages, keep)
+                    value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
+                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    with torch.no_grad():
+                        update = {
+                            "losses/policy_loss": policy_loss.detach(),
+                            "losses/value_loss": value_loss.detach(),
+                            "losses/entropy": entropy.detach(),
+                            "losses/old_approx_kl": -log_ratios.mean(),
+                            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
+                            "filter/gate_open": (tv > args.tv_threshold).float(),
+                            "filter/dropped": 1 - keep.float().mean(),
+                        }
+                        updates.append(update)
+
+            # PUBLISH the next version
+            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            if not all(map(math.isfinite, means.values())):
+                raise RuntimeError(f"not finite in the batch after step {global_step}, version {version}: {means}")
+            with torch.no_grad():
+                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
+            version += 1
+            store.publish(agent, version)
+            actors.issue(newest=version)
+            global_step += len(b_obs)
+
+            # LOG, against environment steps
+            now = time.perf_counter()
+            batch_seconds, batch_time = now - batch_time, now
+            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
+            scalars = means | {
+                "charts/learning_rate": lr,
+                "charts/SPS": global_step / seconds["total"],
+                "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
+                "lag/versions_mean": lags.mean().item(),
+                "lag/versions_max": lags.max().item(),
+                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
+                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
+                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
+                "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
+                "stats/learner_wait": learner_wait / batch_seconds,
+                "stats/actor_wait": sum(waits) / sum(waits + acts),
+                "stats/rollout_time": sum(acts) / len(acts),
+                "stats/update_time": batch_seconds - learner_wait,
+                "stats/queue_size": len(actors.finished),
+            }
+            episodes = [episode for part in ended for episode in part]
+            if episodes:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+                last_returns.extend(episode_return for episode_return, _ in episodes)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
+            lag, tv, dropped = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "filter/dropped"))
+            status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, dropped {dropped:.1%}"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update(min(global_step, args.total_timesteps) - progress.n)
+            sps = f"{scalars['charts/SPS']:.0f} SPS"
+            if progress.disable and now >= next_line:
+                print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
+                next_line = now + 5
+    finally:
+        actors.stop()
+        progress.close()
+        writer.close()
+    print(
+        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
+        f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
+        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in runs/{run_name}"
+    )
+    return agent
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
