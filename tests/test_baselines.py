@@ -4,10 +4,7 @@ import multiprocessing as mp
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 
-import envpool
 import numpy as np
 import pytest
 import torch
@@ -16,7 +13,7 @@ from test_algorithm import gae_by_episode, make_columns, vtrace_by_definition
 
 import impala_baseline
 import ppo_async_baseline as ppo
-from ppo_async_baseline import AtariEnvs, gae, stack_frames
+from ppo_async_baseline import gae
 
 SMALL = {
     "env_id": "InvertedPendulum-v4",
@@ -379,64 +376,6 @@ def test_kl_coefficient_of_a_run(adapt, target, moves):
     assert coefficients[:4] == [moves**batch for batch in range(4)]
 
 
-def play(game, num_envs, seed, steps, num_slots, **options):
-    """Random play: AtariEnvs written to slots, the plain stacks [steps + 1, C, 4, 84, 84], the games that ended."""
-    envs, num_actions = AtariEnvs(game, num_envs, seed, **options), ppo.atari_actions(game)
-    rng, slots, all_stacks, ended = np.random.default_rng(seed), [], [], []
-    for _ in range(num_slots):
-        out = SimpleNamespace(
-            obs=np.zeros((steps + 4, num_envs, 84, 84), dtype=np.uint8),
-            ages=np.zeros((steps + 1, num_envs), dtype=np.uint8),
-        )
-        stacks = []
-        for t in range(steps):
-            envs.write_obs(out, t)
-            stacks.append(envs.obs.copy())
-            ended += envs.step(rng.integers(0, num_actions, num_envs))[3]
-        envs.write_obs(out, steps)
-        slots.append(out)
-        all_stacks.append(np.stack([*stacks, envs.obs.copy()]))
-    return slots, all_stacks, ended
-
-
-@pytest.mark.parametrize(
-    ("game", "episodic_life", "seed"),
-    # In RoadRunner a game can end in the no-ops after a lost life, where no step shows it
-    [("Breakout-v5", True, 1), ("Breakout-v5", False, 1), ("RoadRunner-v5", True, 5)],
-)
-def test_stacks_are_rebuilt_bit_for_bit_across_slots_lives_and_games(game, episodic_life, seed):
-    slots, stacks, ended = play(game, 4, seed, steps=50, num_slots=10, episodic_life=episodic_life, reward_clip=True)
-    assert len(ended) >= 2
-    for out, expected in zip(slots, stacks, strict=True):
-        rebuilt = stack_frames(torch.from_numpy(out.obs), torch.from_numpy(out.ages))
-        assert rebuilt.dtype == torch.uint8 and np.array_equal(rebuilt.numpy(), expected)
-    assert len({out.ages[0].min() for out in slots}) > 1  # some slots begin in a game that is under way
-
-
-@pytest.mark.parametrize("game", ["Seaquest-v5", "Breakout-v5"])
-def test_scores_are_raw_and_of_whole_games(game):
-    """Against a plain envpool that does not clip, with the same actions, game by game."""
-    rng, num_actions = np.random.default_rng(0), ppo.atari_actions(game)
-    envs = AtariEnvs(game, 1, 7, episodic_life=True, reward_clip=True, repeat_action_probability=0.0)
-    plain = envpool.make(game, "gymnasium", num_envs=1, num_threads=1, seed=7, episodic_life=True)
-    plain.reset()
-    scores, score, lengths, length, valid = [], 0.0, [], 0, True
-    ended, clipped, raw = [], set(), set()
-    for _ in range(2500):
-        action = rng.integers(0, num_actions, 1)
-        rewards, terminated, truncated, episodes = envs.step(action)
-        ended += episodes
-        _, plain_rewards, plain_terminated, plain_truncated, info = plain.step(action.astype(np.int32))
-        clipped, raw = clipped | set(rewards.tolist()), raw | set(plain_rewards.tolist())
-        score, length = score + plain_rewards[0], length + valid
-        valid = not (plain_terminated[0] or plain_truncated[0])
-        assert (terminated[0], truncated[0]) == (plain_terminated[0], plain_truncated[0])
-        if info["lives"][0] == 0 and not valid:
-            scores, lengths, score, length = [*scores, score], [*lengths, length], 0.0, 0
-    assert len(ended) > 2 and clipped <= {0.0, 1.0} and (game == "Breakout-v5" or max(raw) >= 20)
-    assert [game_score for game_score, _ in ended] == scores and [game_length for _, game_length in ended] == lengths
-
-
 def test_domain_decides_the_defaults_and_the_hyperparameter_table_shows_them():
     for script in (ppo, impala_baseline):
         continuous, atari = script.Args(), script.Args(env_id="Pong-v5", learning_rate=1e-5)
@@ -507,13 +446,3 @@ def test_impala_learns_to_balance_the_pendulum():
     impala_baseline.train(args)
     returns = read_curves(".")["charts/episodic_return"]
     assert returns[0] < 30 and np.mean(returns[-5:]) > 100
-
-
-@pytest.mark.parametrize("game", ["Pong-v5", "Breakout-v5"])
-def test_atari_makes_the_published_environment(game):
-    """envpool's defaults are what the docstring says: a change of them would change every result."""
-    config = envpool.make_spec(game).config
-    assert (config.frame_skip, config.stack_num, config.noop_max, config.max_episode_steps) == (4, 4, 30, 27000)
-    assert (config.use_fire_reset, config.full_action_space, config.gray_scale) == (True, False, True)
-    assert (config.img_height, config.img_width) == (84, 84)
-    assert partial(AtariEnvs, game, 2, 0)().obs.shape == (2, 4, 84, 84)

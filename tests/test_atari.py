@@ -1,0 +1,325 @@
+"""vaco_async_atari.py, and the Atari environments of all scripts: stacks, scores, bfloat16, whole runs, learning."""
+
+import multiprocessing as mp
+from dataclasses import replace
+from types import SimpleNamespace
+
+import envpool
+import numpy as np
+import pytest
+import torch
+from conftest import read_curves
+
+import ppo_async_baseline
+import vaco_async_atari
+from vaco_async_atari import Agent, Args, AtariEnvs, PolicyStore, Rollouts, atari_actions, stack_frames, train
+
+SMALL = Args(
+    env_id="Breakout-v5",
+    total_timesteps=300,
+    num_actors=2,
+    num_envs=2,
+    num_steps=16,
+    rollouts_per_batch=2,
+    num_minibatches=2,
+    update_epochs=2,
+)
+
+
+def state_of(agent):
+    return {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+
+
+def play(game, num_envs, seed, steps, num_slots, **options):
+    """Random play: AtariEnvs written to slots, the plain stacks [steps + 1, C, 4, 84, 84], the games that ended."""
+    envs, num_actions = AtariEnvs(game, num_envs, seed, **options), atari_actions(game)
+    rng, slots, all_stacks, ended = np.random.default_rng(seed), [], [], []
+    for _ in range(num_slots):
+        out = SimpleNamespace(
+            obs=np.zeros((steps + 4, num_envs, 84, 84), dtype=np.uint8),
+            ages=np.zeros((steps + 1, num_envs), dtype=np.uint8),
+        )
+        stacks = []
+        for t in range(steps):
+            envs.write_obs(out, t)
+            stacks.append(envs.obs.copy())
+            ended += envs.step(rng.integers(0, num_actions, num_envs))[3]
+        envs.write_obs(out, steps)
+        slots.append(out)
+        all_stacks.append(np.stack([*stacks, envs.obs.copy()]))
+    return slots, all_stacks, ended
+
+
+@pytest.mark.parametrize(
+    ("game", "episodic_life", "seed"),
+    # In RoadRunner a game can end in the no-ops after a lost life, where no step shows it
+    [("Breakout-v5", True, 1), ("Breakout-v5", False, 1), ("RoadRunner-v5", True, 5)],
+)
+def test_stacks_are_rebuilt_bit_for_bit_across_slots_lives_and_games(game, episodic_life, seed):
+    slots, stacks, ended = play(game, 4, seed, steps=50, num_slots=10, episodic_life=episodic_life, reward_clip=True)
+    assert len(ended) >= 2
+    for out, expected in zip(slots, stacks, strict=True):
+        rebuilt = stack_frames(torch.from_numpy(out.obs), torch.from_numpy(out.ages))
+        assert rebuilt.dtype == torch.uint8 and np.array_equal(rebuilt.numpy(), expected)
+    assert len({out.ages[0].min() for out in slots}) > 1  # some slots begin in a game that is under way
+
+
+@pytest.mark.parametrize("game", ["Seaquest-v5", "Breakout-v5"])
+def test_scores_are_raw_and_of_whole_games(game):
+    """Against a plain envpool that does not clip, with the same actions, game by game."""
+    rng, num_actions = np.random.default_rng(0), atari_actions(game)
+    envs = AtariEnvs(game, 1, 7, episodic_life=True, reward_clip=True, repeat_action_probability=0.0)
+    plain = envpool.make(game, "gymnasium", num_envs=1, num_threads=1, seed=7, episodic_life=True)
+    plain.reset()
+    scores, score, lengths, length, valid = [], 0.0, [], 0, True
+    ended, clipped, raw = [], set(), set()
+    for _ in range(2500):
+        action = rng.integers(0, num_actions, 1)
+        rewards, terminated, truncated, episodes = envs.step(action)
+        ended += episodes
+        _, plain_rewards, plain_terminated, plain_truncated, info = plain.step(action.astype(np.int32))
+        clipped, raw = clipped | set(rewards.tolist()), raw | set(plain_rewards.tolist())
+        score, length = score + plain_rewards[0], length + valid
+        valid = not (plain_terminated[0] or plain_truncated[0])
+        assert (terminated[0], truncated[0]) == (plain_terminated[0], plain_truncated[0])
+        if info["lives"][0] == 0 and not valid:
+            scores, lengths, score, length = [*scores, score], [*lengths, length], 0.0, 0
+    assert len(ended) > 2 and clipped <= {0.0, 1.0} and (game == "Breakout-v5" or max(raw) >= 20)
+    assert [game_score for game_score, _ in ended] == scores and [game_length for _, game_length in ended] == lengths
+
+
+def test_rewards_are_clipped_for_the_learner_alone_and_only_if_asked():
+    rng, seen = np.random.default_rng(0), {}
+    for reward_clip in (True, False):
+        envs = AtariEnvs("MsPacman-v5", 2, 3, episodic_life=True, reward_clip=reward_clip)
+        steps = [envs.step(rng.integers(0, 9, 2)) for _ in range(600)]
+        seen[reward_clip] = {reward for rewards, *_ in steps for reward in rewards.tolist()}
+        assert max(score for *_, ended in steps for score, _ in ended) >= 60
+    assert seen[True] == {0.0, 1.0} and seen[False] >= {0.0, 10.0}
+
+
+@pytest.mark.parametrize("game", ["Pong-v5", "Breakout-v5"])
+def test_atari_makes_the_published_environment(game):
+    """envpool's defaults are what the docstring says: a change of them would change every result."""
+    config = envpool.make_spec(game).config
+    assert (config.frame_skip, config.stack_num, config.noop_max, config.max_episode_steps) == (4, 4, 30, 27000)
+    assert (config.use_fire_reset, config.full_action_space, config.gray_scale) == (True, False, True)
+    assert (config.img_height, config.img_width) == (84, 84)
+    assert AtariEnvs(game, 2, 0).obs.shape == (2, 4, 84, 84)
+
+
+def test_logprobs_and_entropy_are_the_categoricals():
+    torch.manual_seed(0)
+    agent, obs = Agent(6), torch.randint(0, 256, (3, 2, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        agent.actor.weight.mul_(300)  # far from uniform
+        actions, logprobs = agent.act(obs[0], torch.Generator().manual_seed(0))
+        distribution = torch.distributions.Categorical(logits=agent.actor(agent.features(obs)))
+        given = torch.randint(0, 6, (3, 2))
+        evaluated, entropy, values = agent.evaluate(obs, given)
+    torch.testing.assert_close(evaluated, distribution.log_prob(given))
+    torch.testing.assert_close(entropy, distribution.entropy().mean())
+    assert entropy < 1.7 and torch.equal(values, agent.get_value(obs).detach())
+    torch.testing.assert_close(logprobs, distribution.log_prob(actions)[0])  # [3, 2] by broadcasting: row 0 is obs[0]
+
+
+def test_actions_are_drawn_with_their_probabilities():
+    torch.manual_seed(0)
+    agent, obs = Agent(3), torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        agent.actor.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+        expected = agent.actor(agent.features(obs)).softmax(-1)[0]
+        generator = torch.Generator().manual_seed(0)
+        features = agent.features(obs)
+        agent.features = lambda obs: features.expand(len(obs), -1)  # the CNN once only
+        actions, _ = agent.act(obs.expand(20_000, -1, -1, -1), generator)
+    np.testing.assert_allclose(np.bincount(actions, minlength=3) / 20_000, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_zero_lag_ratio_is_one(bf16):
+    """Actors see C rows at a time, the learner whole batches: probabilities agree all the same, also in bfloat16."""
+    torch.manual_seed(0)
+    agent, obs = Agent(6, bf16), torch.randint(0, 256, (20, 4, 4, 84, 84), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+        actions, logprobs = map(torch.stack, zip(*(agent.act(step, generator) for step in obs), strict=True))
+        ratios = (agent.evaluate(obs, actions)[0] - logprobs).exp()
+    assert logprobs.std() > 0.1 and ratios.dtype == torch.float32
+    torch.testing.assert_close(ratios, torch.ones_like(ratios), atol=1e-2 if bf16 else 1e-4, rtol=0)
+
+
+def test_bf16_computes_the_network_in_bfloat16_and_nothing_else():
+    torch.manual_seed(0)
+    agent, dtypes = Agent(4, bf16=True), {}
+    for name, module in agent.named_modules():
+        module.register_forward_hook(lambda module, inputs, out, name=name: dtypes.update({name: out.dtype}))
+    logprobs, entropy, values = agent.evaluate(torch.zeros(8, 4, 84, 84, dtype=torch.uint8), torch.zeros(8).long())
+    assert dtypes["network.0"] == dtypes["network.7"] == torch.bfloat16
+    assert dtypes["actor"] == dtypes["critic"] == logprobs.dtype == entropy.dtype == values.dtype == torch.float32
+    (logprobs.mean() + values.mean()).backward()
+    assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in agent.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("game", ["Pong-v5", "Breakout-v5"])
+@pytest.mark.parametrize(("schedule", "lag"), [("async", 0), ("fixed", 2), ("mixture", 3)])
+def test_every_schedule_trains_to_the_end(game, schedule, lag, capsys):
+    agent = train(replace(SMALL, env_id=game, lag_schedule=schedule, lag=lag))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    curves = read_curves(".")
+    assert {"filter/gate_open", "filter/dropped", "lag/tv_forward", "lag/ess", "charts/SPS"} <= curves.keys()
+    assert schedule != "fixed" or curves["lag/versions_max"] == [min(v, lag) for v in range(len(curves["charts/SPS"]))]
+    assert game in capsys.readouterr().out.splitlines()[-1]
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_zero_lag_is_on_policy(bf16):
+    train(replace(SMALL, lag_schedule="fixed", bf16=bf16, learning_rate=1e-3))
+    curves = read_curves(".")
+    assert set(curves["lag/versions_max"]) == {0.0} and max(curves["lag/tv_backward"]) < (1e-2 if bf16 else 1e-4)
+    assert max(curves["lag/tv_forward"]) > 1e-3
+
+
+def test_lockstep_runs_are_bit_equal():
+    args = replace(SMALL, lag_schedule="mixture", lag=2)
+    first, second, other_seed = (state_of(train(replace(args, seed=seed))) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["actor.weight"], other_seed["actor.weight"])
+
+
+def test_dummy_steps_reach_nothing(monkeypatch):
+    """Garbage in every dummy row that the learner sees changes no bit of the weights. (Not in its frame: that is part
+    of the next stacks; nor where a game is truncated, which takes 27000 steps.)"""
+    args = replace(SMALL, lag_schedule="mixture", lag=2, num_steps=64)
+    clean, batch_of, poisoned = state_of(train(args)), Rollouts.batch, []
+
+    def poisoned_batch(self, slots, device):
+        batch = batch_of(self, slots, device)
+        dummy = ~batch.valid
+        batch.actions[dummy], batch.logprobs[dummy], batch.rewards[dummy] = 3, -20.0, 1e6
+        poisoned.append(int(dummy.sum()))
+        return batch
+
+    monkeypatch.setattr(Rollouts, "batch", poisoned_batch)
+    dirty = state_of(train(args))
+    assert sum(poisoned) > 5 and all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
+def test_every_flag_of_vaco_and_of_the_environment_changes_the_result():
+    args = replace(SMALL, env_id="Seaquest-v5", lag_schedule="fixed", lag=1, tv_threshold=1e-3, learning_rate=1e-3)
+    args = replace(args, num_steps=64, num_actors=1, rollouts_per_batch=1, total_timesteps=300)
+    variants = {
+        "base": {},
+        "no align": {"align": False},
+        "no filter": {"filter": False},
+        "anchor": {"tv_anchor": "learner"},
+        "threshold": {"tv_threshold": 0.01},
+        "rho bar": {"rho_bar": 0.9},
+        "c bar": {"c_bar": 0.9},
+        "entropy": {"ent_coef": 0.1},
+        "bfloat16": {"bf16": True},
+        "lives": {"episodic_life": False},
+        "clipping": {"reward_clip": False},
+        "sticky actions": {"repeat_action_probability": 0.25},
+    }
+    weights = [state_of(train(replace(args, **flags)))["actor.weight"] for flags in variants.values()]
+    for i, name in enumerate(variants):
+        for j in range(i):
+            assert not torch.equal(weights[i], weights[j]), f"{name} does what {list(variants)[j]} does"
+
+
+def test_train_computes_what_it_logs_from_the_right_rows(monkeypatch):
+    """Every input of the algorithm and the lag tags, recomputed from the recorded batches and versions."""
+    batches, versions, aligned, filtered = [], {}, [], []
+    record = {
+        (Rollouts, "batch"): lambda result, *_: batches.append(result),
+        (PolicyStore, "publish"): lambda _, self, agent, version: versions.update({version: state_of(agent)}),
+        (vaco_async_atari, "vtrace"): lambda result, *inputs: aligned.append((inputs, result)),
+        (vaco_async_atari, "tv_filter"): lambda result, *inputs: filtered.append((inputs, result)),
+    }
+
+    def recorded(function, note):
+        def wrapper(*inputs):
+            result = function(*inputs)
+            note(result, *inputs)
+            return result
+
+        return wrapper
+
+    for (owner, name), note in record.items():
+        monkeypatch.setattr(owner, name, recorded(getattr(owner, name), note))
+    args = replace(SMALL, lag_schedule="fixed", lag=1, num_steps=64, learning_rate=1e-3, tv_threshold=0.02)
+    train(replace(args, total_timesteps=1000))
+    curves, steps = read_curves("."), read_curves(".", field="step")
+    assert len(batches) >= 3 and sum(int((~batch.valid).sum()) for batch in batches) > 5
+
+    now, past, seen_steps = Agent(4), Agent(4), 0
+    for v, batch in enumerate(batches):
+        past.load_state_dict(versions[v])
+        now.load_state_dict(versions[v + 1])
+        valid, obs = batch.valid, stack_frames(batch.obs, batch.ages)
+        with torch.no_grad():
+            learner = past.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs
+            final = ((now.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs).exp())[valid]
+            values = past.get_value(obs)
+        (log_ratios, rewards, given_values, terminated, dones, *settings), _ = aligned[v]
+        torch.testing.assert_close(log_ratios, learner, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(given_values, values, atol=1e-4, rtol=1e-4)
+        assert torch.equal(rewards, batch.rewards) and settings == [0.99, 0.95, 1.0, 1.0]
+        assert torch.equal(terminated, batch.terminated.float())
+        assert torch.equal(dones, (batch.terminated | batch.truncated).float())
+        calls = filtered[4 * v : 4 * (v + 1)]  # 2 epochs of 2 minibatches
+        assert sum(len(ratios) for (ratios, *_), _ in calls) == 2 * valid.sum()
+        rho = learner[valid].exp()
+        seen_steps += int(valid.sum())
+        assert steps["charts/SPS"][v] == seen_steps
+        expected = {
+            "lag/tv_backward": 0.5 * (rho - 1).abs().mean(),
+            "lag/tv_forward": 0.5 * (final - rho).abs().mean(),
+            "lag/tv_total": 0.5 * (final - 1).abs().mean(),
+            "filter/gate_open": torch.stack([(tv > 0.02).float() for _, (_, tv) in calls]).mean(),
+            "filter/dropped": torch.stack([1 - keep.float().mean() for _, (keep, _) in calls]).mean(),
+            "losses/policy_loss": torch.stack([-(k * r * a).mean() for (r, a, *_), (k, _) in calls]).mean(),
+        }
+        for tag, value in expected.items():
+            assert curves[tag][v] == pytest.approx(float(value), rel=2e-3, abs=2e-5), (tag, v)
+    assert 0 < np.mean(curves["filter/dropped"]) < 1
+
+
+def test_first_update_at_zero_lag_is_ppos():
+    """With one gradient step on fresh data no ratio has moved: VACO and PPO-clip are the same, on the same games."""
+    one = {"total_timesteps": 1, "update_epochs": 1, "num_minibatches": 1, "num_steps": 64, "lag_schedule": "fixed"}
+    vaco = state_of(train(replace(SMALL, **one)))
+    common = {name: getattr(replace(SMALL, **one), name) for name in (*one, "env_id", "num_actors", "num_envs")}
+    ppo = state_of(ppo_async_baseline.train(ppo_async_baseline.Args(**common, rollouts_per_batch=2)))
+    for name in vaco:
+        torch.testing.assert_close(vaco[name], ppo[name], atol=1e-5, rtol=0, msg=name)
+
+
+BAD = [
+    ({"env_id": "Hopper-v4"}, "--env-id Hopper-v4: not an Atari game of envpool; closest: "),
+    ({"env_id": "pong"}, "closest: Pong-v5"),
+    ({"env_id": "ALE/Breakout-v5"}, "Breakout-v5"),
+    ({"repeat_action_probability": 1.5}, "--repeat-action-probability 1.5: must be a number from 0 to 1"),
+    ({"learner_threads": 0}, "--learner-threads 0: must be a number from 1 to 256"),
+    ({"lag": 3}, "type --lag-schedule fixed"),
+    ({"lag": 501, "lag_schedule": "fixed"}, "--lag 501: must be a number from 0 to 500"),
+    ({"num_minibatches": 3}, "type --num-minibatches 2"),
+    ({"num_steps": 100_000, "num_envs": 8}, "makes batches of 800000 samples, more than 131072"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), BAD, ids=lambda part: str(part)[:40])
+def test_wrong_flags_are_named_with_what_to_type(flags, expected):
+    with pytest.raises(vaco_async_atari.UsageError) as caught:
+        train(replace(Args(), **flags))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the flag is right")
+def test_actors_on_a_gpu_that_is_not_there_are_refused():
+    with pytest.raises(vaco_async_atari.UsageError, match="type --actor-device cpu"):
+        train(replace(Args(), actor_device="cuda"))
