@@ -18,6 +18,7 @@ with old versions of the policy (*policy lag*); advantages are GAE on the learne
 """
 
 import contextlib
+import ctypes
 import difflib
 import itertools
 import math
@@ -299,6 +300,15 @@ class RewardScaler:
 
     def scale(self, rewards):
         return (rewards / math.sqrt(self.statistics.var + 1e-8)).clamp(-10, 10)
+
+
+def keep_freed_memory():
+    """Let the C library keep large blocks when they are freed. By default glibc hands them to the kernel, and every
+    page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -632,6 +642,8 @@ def train(args):
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     atari = atari_actions(args.env_id) is not None
+    if atari:
+        keep_freed_memory()
     obs_size, action_size = (0, atari_actions(args.env_id)) if atari else continuous_sizes(args.env_id)
     make_agent = partial(Agent, obs_size, action_size, atari, args.bf16)
     agent = make_agent().to(device)

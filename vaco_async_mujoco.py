@@ -27,6 +27,7 @@ import math
 import multiprocessing as mp
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -59,6 +60,8 @@ class Args:
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
+
+    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
 
     # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
     env_id: str = "HalfCheetah-v4"
@@ -122,6 +125,8 @@ def validate(args):
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    check(args, "compile", not args.compile or compiler, "needs a C++ compiler, and there is none; type --no-compile")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
@@ -318,6 +323,33 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
 def vaco_loss(ratios, advantages, keep):
     """-1/M sum_i keep_i r_i A_i over [M] samples. Dropped ones count in M, so they shorten the step (2603.01365)."""
     return -torch.where(keep, ratios * advantages, 0).mean()
+
+
+def vaco_minibatch(agent, args, obs, actions, behavior_logprobs, learner_ratios, advantages, targets):
+    """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
+    newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
+    log_ratios = newlogprobs - behavior_logprobs  # [M]
+    ratios = log_ratios.exp()  # [M], pi/beta
+    if args.norm_adv:
+        advantages = advantages - advantages.mean()
+        advantages = advantages / (advantages.std(correction=0) + 1e-8)
+    anchor_ratios = learner_ratios if args.tv_anchor == "learner" else None
+    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios)
+    keep = keep | (not args.filter)
+    policy_loss = vaco_loss(ratios, advantages, keep)
+    value_loss = 0.5 * (newvalues - targets).square().mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    with torch.no_grad():
+        logs = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/old_approx_kl": -log_ratios.mean(),
+            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
+            "filter/gate_open": (tv > args.tv_threshold).float(),
+            "filter/dropped": 1 - keep.float().mean(),
+        }
+    return loss, logs
 
 
 class PolicyStore:
@@ -531,6 +563,7 @@ def train(args):
     make_agent = partial(Agent, obs_size, action_size)
     agent = make_agent().to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    minibatch_loss = torch.compile(vaco_minibatch, dynamic=True) if args.compile else vaco_minibatch
     obs_statistics = RunningMeanStd(shape=obs_size)
     reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
@@ -575,9 +608,10 @@ def train(args):
             settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
             targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *settings)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets, values[:-1])
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets)
             rows = [row[batch.valid] for row in rows]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_advantages, b_targets, b_values = rows
+            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, _, b_targets = rows
+            b_values = values[:-1][batch.valid]
 
             # FILTER: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -586,34 +620,12 @@ def train(args):
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
-                    newlogprobs, entropy, newvalues = agent.evaluate(b_obs[mb], b_actions[mb])
-                    log_ratios = newlogprobs - b_behavior_logprobs[mb]  # [M]
-                    ratios, mb_advantages = log_ratios.exp(), b_advantages[mb]  # [M], pi/beta
-                    if args.norm_adv:
-                        mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
-                    anchor_ratios = b_learner_ratios[mb] if args.tv_anchor == "learner" else None
-                    keep, tv = tv_filter(ratios.detach(), mb_advantages, args.tv_threshold, anchor_ratios)
-                    keep = keep | (not args.filter)
-                    policy_loss = vaco_loss(ratios, mb_advantages, keep)
-                    value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
-                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-
+                    loss, update = minibatch_loss(agent, args, *(row[mb] for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    with torch.no_grad():
-                        update = {
-                            "losses/policy_loss": policy_loss.detach(),
-                            "losses/value_loss": value_loss.detach(),
-                            "losses/entropy": entropy.detach(),
-                            "losses/old_approx_kl": -log_ratios.mean(),
-                            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
-                            "filter/gate_open": (tv > args.tv_threshold).float(),
-                            "filter/dropped": 1 - keep.float().mean(),
-                        }
-                        updates.append(update)
+                    updates.append(update)
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}

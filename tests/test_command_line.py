@@ -10,6 +10,7 @@ import pytest
 import tyro
 from conftest import REPOSITORY
 
+import vaco_async_mujoco
 from vaco_async_mujoco import Args, UsageError, train, validate
 
 BAD = [
@@ -62,6 +63,13 @@ def test_wrong_flags_are_named_with_what_to_type(flags, expected):
     message = str(caught.value)
     assert expected in message and "\n" not in message
     assert any(message.startswith(f"--{name.replace('_', '-')} ") for name in flags)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(vaco_async_mujoco.shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match=r"--compile True: needs a C.. compiler.*type --no-compile"):
+        validate(Args(compile=True))
+    validate(Args())
 
 
 def test_every_flag_has_a_help_text(capsys):

@@ -3,6 +3,7 @@
 import math
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,16 @@ def test_no_process_outlives_the_program(end):
     while processes_of_session(program.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes_of_session(program.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler, and there is none")
+def test_a_compiled_run_is_the_eager_one_up_to_rounding():
+    args = replace(SMALL, lag_schedule="mixture", lag=2, tv_threshold=0.02, total_timesteps=400)
+    eager, compiled = state_of(train(args)), state_of(train(replace(args, compile=True)))
+    for name in eager:
+        torch.testing.assert_close(eager[name], compiled[name], atol=1e-3, rtol=1e-3, msg=name)
+    assert not torch.equal(eager["actor_mean.0.weight"], compiled["actor_mean.0.weight"])  # it did compile
 
 
 @pytest.mark.slow
