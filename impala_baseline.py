@@ -419,6 +419,35 @@ def impala_loss(logprobs, ratios, advantages, rho_bar):
     return -(ratios.clamp(max=rho_bar) * advantages * logprobs).mean()
 
 
+def impala_minibatch(agent, args, obs, actions, behavior_logprobs, rewards, terminated, dones, valid):
+    """Forward pass of one gradient step, V-trace included: n sequences, obs [T + 1, n, ...], the rest [T, n, ...], of
+    which the M valid rows count -> loss (scalar), {what is logged: scalar tensor}."""
+    newlogprobs, entropies, newvalues = agent.evaluate(obs[:-1], actions)  # [T, n]
+    with torch.no_grad():
+        bootstrap = agent.get_value(obs[-1:])  # [1, n]
+    log_ratios = newlogprobs - behavior_logprobs  # [T, n], log pi/beta
+    columns = (log_ratios, rewards, torch.cat([newvalues, bootstrap]), terminated, dones)
+    targets, advantages = vtrace(*columns, args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)  # [T, n]
+    log_ratios = log_ratios[valid].detach()  # [M]: dummy steps end here
+    ratios = log_ratios.exp()
+    policy_loss = impala_loss(newlogprobs[valid], ratios, advantages[valid], args.rho_bar)
+    value_loss = 0.5 * (newvalues - targets)[valid].square().mean()
+    entropy = entropies[valid].mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    if args.sum_loss:
+        loss = loss * len(ratios)
+    with torch.no_grad():
+        logs = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/old_approx_kl": -log_ratios.mean(),
+            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
+            "losses/explained_variance": 1 - (targets - newvalues)[valid].var() / targets[valid].var(),
+        }
+    return loss, logs
+
+
 class PolicyStore:
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
@@ -687,40 +716,17 @@ def train(args):
             # OPTIMISE: minibatches of whole sequences, V-trace with the current policy and critic in each
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
+            columns = (batch.actions, batch.logprobs, rewards, terminated, dones, batch.valid)  # [T, N, ...]
             updates = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(len(dones[0]), device=device).chunk(args.num_minibatches):
-                    valid = batch.valid[:, mb]  # [T, n]; dummy steps end behind it: M valid rows
-                    newlogprobs, entropies, newvalues = agent.evaluate(obs[:-1, mb], batch.actions[:, mb])  # [T, n]
-                    log_ratios = newlogprobs - batch.logprobs[:, mb]  # log pi/beta
-                    with torch.no_grad():
-                        bootstrap = agent.get_value(obs[-1:, mb])  # [1, n]
-                    settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
-                    columns = (rewards[:, mb], torch.cat([newvalues, bootstrap]), terminated[:, mb], dones[:, mb])
-                    targets, advantages = vtrace(log_ratios, *columns, *settings)  # [T, n]
-                    log_ratios = log_ratios[valid].detach()  # [M]
-                    ratios = log_ratios.exp()
-                    policy_loss = impala_loss(newlogprobs[valid], ratios, advantages[valid], args.rho_bar)
-                    value_loss = 0.5 * (newvalues - targets)[valid].square().mean()
-                    entropy = entropies[valid].mean()
-                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-                    if args.sum_loss:
-                        loss = loss * len(ratios)
-
+                    sequences = (column[:, mb] for column in columns)
+                    loss, update = impala_minibatch(agent, args, obs[:, mb], *sequences)
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    with torch.no_grad():
-                        update = {
-                            "losses/policy_loss": policy_loss.detach(),
-                            "losses/value_loss": value_loss.detach(),
-                            "losses/entropy": entropy.detach(),
-                            "losses/old_approx_kl": -log_ratios.mean(),
-                            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
-                            "losses/explained_variance": 1 - (targets - newvalues)[valid].var() / targets[valid].var(),
-                        }
-                        updates.append(update)
+                    updates.append(update)
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}

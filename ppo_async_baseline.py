@@ -25,6 +25,7 @@ import math
 import multiprocessing as mp
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -57,6 +58,7 @@ class Args:
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
+    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
 
     # an envpool task with a floating-point Box action space (MuJoCo, dm_control, ...), or an Atari game (Pong-v5, ...);
     # flags whose help gives two defaults, continuous control's and Atari's, follow it
@@ -142,6 +144,8 @@ def validate(args):
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    check(args, "compile", not args.compile or compiler, "needs a C++ compiler, and there is none; type --no-compile")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     limit = 2**17 if atari else 2**22
     check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")
@@ -433,6 +437,38 @@ def decoupled_loss(log_ratios, learner_log_ratios, advantages, clip_coef, max_im
     return (learner_log_ratios.exp().clamp(max=max_importance) * surrogate).mean()
 
 
+def ppo_minibatch(agent, args, kl_coef, obs, actions, behavior_logprobs, learner_log_ratios, advantages, targets):
+    """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
+    newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
+    log_ratios = newlogprobs - behavior_logprobs  # [M]
+    ratios = log_ratios.exp()  # [M], pi/beta
+    if args.norm_adv:
+        advantages = advantages - advantages.mean()
+        advantages = advantages / (advantages.std(correction=0) + 1e-8)
+    if args.objective == "clip":
+        policy_loss = clip_loss(ratios, advantages, args.clip_coef)
+    elif args.objective == "kl":
+        policy_loss = kl_loss(ratios, log_ratios, advantages, kl_coef)
+    elif args.objective == "spo":
+        policy_loss = spo_loss(ratios, advantages, args.spo_eps)
+    else:
+        settings = (advantages, args.clip_coef, args.max_importance)
+        policy_loss = decoupled_loss(log_ratios, learner_log_ratios, *settings)
+    value_loss = 0.5 * (newvalues - targets).square().mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    with torch.no_grad():
+        clipped_ratios = (log_ratios - learner_log_ratios).exp() if args.objective == "decoupled" else ratios
+        logs = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/old_approx_kl": -log_ratios.mean(),
+            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
+            "losses/clipfrac": ((clipped_ratios - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, logs
+
+
 class PolicyStore:
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
@@ -648,6 +684,7 @@ def train(args):
     make_agent = partial(Agent, obs_size, action_size, atari, args.bf16)
     agent = make_agent().to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
     obs_statistics = RunningMeanStd(shape=obs_size)
     reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
@@ -671,7 +708,7 @@ def train(args):
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     progress = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
-    kl_coef = args.kl_coef
+    kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
     seconds = Counter()  # over the whole run
     try:
         actors.start(make_agent, make_envs, store, rollouts)
@@ -698,10 +735,10 @@ def train(args):
             terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
             targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, advantages, targets, values[:-1])
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, advantages, targets)
             rows = [row[batch.valid] for row in rows]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_advantages, b_targets, b_values = rows
-            b_learner_ratios = b_learner_log_ratios.exp()
+            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, _, b_targets = rows
+            b_values, b_learner_ratios = values[:-1][batch.valid], b_learner_log_ratios.exp()
 
             # OPTIMISE: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -710,39 +747,12 @@ def train(args):
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
-                    newlogprobs, entropy, newvalues = agent.evaluate(b_obs[mb], b_actions[mb])
-                    log_ratios = newlogprobs - b_behavior_logprobs[mb]  # [M]
-                    ratios, mb_advantages = log_ratios.exp(), b_advantages[mb]  # [M], pi/beta
-                    if args.norm_adv:
-                        mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
-                    if args.objective == "clip":
-                        policy_loss = clip_loss(ratios, mb_advantages, args.clip_coef)
-                    elif args.objective == "kl":
-                        policy_loss = kl_loss(ratios, log_ratios, mb_advantages, kl_coef)
-                    elif args.objective == "spo":
-                        policy_loss = spo_loss(ratios, mb_advantages, args.spo_eps)
-                    else:
-                        settings = (mb_advantages, args.clip_coef, args.max_importance)
-                        policy_loss = decoupled_loss(log_ratios, b_learner_log_ratios[mb], *settings)
-                    value_loss = 0.5 * (newvalues - b_targets[mb]).square().mean()
-                    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-
+                    loss, update = minibatch_loss(agent, args, kl_coef, *(row[mb] for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    with torch.no_grad():
-                        clipped_ratios = ratios / b_learner_ratios[mb] if args.objective == "decoupled" else ratios
-                        update = {
-                            "losses/policy_loss": policy_loss.detach(),
-                            "losses/value_loss": value_loss.detach(),
-                            "losses/entropy": entropy.detach(),
-                            "losses/old_approx_kl": -log_ratios.mean(),
-                            "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
-                            "losses/clipfrac": ((clipped_ratios - 1).abs() > args.clip_coef).float().mean(),
-                        }
-                        updates.append(update)
+                    updates.append(update)
                 kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]]).mean()
                 if args.target_kl is not None and kl > args.target_kl:
                     break
@@ -755,9 +765,9 @@ def train(args):
                 final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
                 final_ratios = final_log_ratios.exp()
                 kl = (final_ratios - 1 - final_log_ratios).mean().item()
-            scalars = means | {"losses/kl_coef": kl_coef}
+            scalars = means | {"losses/kl_coef": kl_coef.item()}
             if args.objective == "kl" and args.adapt_kl:
-                kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target)
+                kl_coef.fill_(adapted_kl_coef(kl_coef.item(), kl, args.kl_target))
             if not atari:
                 obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
                 agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))

@@ -1,6 +1,7 @@
 """The baselines' losses by hand, with their gradients; what they have in common with VACO; both domains end to end."""
 
 import multiprocessing as mp
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -426,6 +427,18 @@ BAD = [
 def test_wrong_flags_are_named_with_what_to_type(script, flags, expected):
     with pytest.raises(script.UsageError, match=expected.replace(".", r"\.")):
         script.validate(script.Args(**flags))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler, and there is none")
+def test_a_compiled_run_is_the_eager_one_up_to_rounding():
+    """PPO-KL, whose coefficient changes from batch to batch: compiled in as a constant it would stay what it was."""
+    args = ppo.Args(**SMALL, objective="kl", lag_schedule="fixed", lag=1, kl_target=1e-6)
+    args = replace(args, total_timesteps=400)
+    eager, compiled = state_of(ppo.train(args)), state_of(ppo.train(replace(args, compile=True)))
+    for name in eager:
+        torch.testing.assert_close(eager[name], compiled[name], atol=1e-3, rtol=1e-3, msg=name)
+    assert not torch.equal(eager["actor.0.weight"], compiled["actor.0.weight"])  # it did compile
 
 
 @pytest.mark.slow
