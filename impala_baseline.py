@@ -6,7 +6,7 @@ with the current policy and critic at every gradient step, on minibatches of who
     python impala_baseline.py                                               # HalfCheetah-v4, free running
     python impala_baseline.py --lag-schedule mixture --lag 8                # injected lag
     python impala_baseline.py --env-id Pong-v5                              # Atari, with its own defaults
-    python impala_baseline.py --update-epochs 20                            # as many updates as PPO and VACO make
+    python impala_baseline.py --update-epochs 20                            # as many updates as PPO (Atari: 16)
 
   PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                  |
@@ -234,7 +234,8 @@ class AtariEnvs:
 
     envpool resets on the *next* step, which is a dummy: see `valid` [C]. With episodic_life a lost life is a terminated
     step for the learner, while returns and lengths are of whole games, in raw score. All else is envpool's default and
-    the usual one: up to 30 no-ops, fire on reset, 4 frames per step, minimal action set, games cut after 27000 steps.
+    the usual one: 4 frames per step, minimal action set, games cut after 27000 steps, up to 30 no-ops and fire at the
+    start (with episodic_life after a lost life, too).
     """
 
     def __init__(self, env_id, num_envs, seed, **options):
@@ -305,8 +306,8 @@ def keep_freed_memory():
     page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; 32 MiB is most to older ones
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -332,6 +333,8 @@ class Agent(nn.Module):
             self.actor, self.critic = layer_init(nn.Linear(512, action_size), 0.01), layer_init(nn.Linear(512, 1), 1)
             # Convolutions are faster where the channels of a pixel are neighbours in memory
             self.to(memory_format=torch.channels_last)
+            # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
+            torch.backends.cudnn.allow_tf32 = False
             return
 
         def mlp(out_size, std):
@@ -351,7 +354,8 @@ class Agent(nn.Module):
         """What policy and critic have in common: [..., 512] for Atari, the normalised observations otherwise."""
         if self.atari:
             with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-                hidden = self.network(obs.flatten(0, -4) / 255)
+                # In parts, because a whole batch at once, as for the values, would be as large as its float32 copy
+                hidden = torch.cat([self.network(part / 255) for part in obs.flatten(0, -4).split(512)])
             return hidden.float().unflatten(0, obs.shape[:-3])
         return obs
 
@@ -369,7 +373,7 @@ class Agent(nn.Module):
         """Sample: raw observations [C, ...] -> actions [C] or [C, A], log-probabilities [C]."""
         policy = self.actor(self.features(self.normalize(obs)))
         if self.atari:
-            actions = torch.multinomial(policy.softmax(-1), 1, generator=generator).squeeze(-1)
+            actions = torch.multinomial(policy.log_softmax(-1).exp(), 1, generator=generator).squeeze(-1)
         else:
             actions = policy + torch.exp(self.actor_logstd) * torch.randn(policy.shape, generator=generator)
         return actions, self.get_logprob(policy, actions)
@@ -379,7 +383,8 @@ class Agent(nn.Module):
         features = self.features(obs)
         policy, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.atari:
-            entropy = -(policy.softmax(-1) * policy.log_softmax(-1)).sum(-1)
+            logprobs = policy.log_softmax(-1)
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
         else:
             entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(values)
         return self.get_logprob(policy, actions), entropy, values
@@ -487,8 +492,8 @@ class PolicyStore:
 
 class Rollouts:
     """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
-    observations (a step more, for the last value) are given as zeros in the shape and type of one slot. Rewards are
-    raw, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
+    observations (with those after the last step) are given as zeros, in the shape and type of a slot. Rewards are as
+    paid, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
 
     def __init__(self, num_slots, actions, **observations):
         numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
@@ -502,7 +507,7 @@ class Rollouts:
         return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
 
     def batch(self, slots, device):
-        """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
+        """Copy slots to the device as one time-major batch: [T (observations: more), N, ...], N = len(slots) * C."""
         fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
@@ -581,14 +586,16 @@ class Actors:
         # tracker must run before, because starting it would lift the block
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for index in range(self.args.num_actors):
-            ours, theirs = context.Pipe()
-            arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
-            self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
-            self.processes[-1].start()
-            theirs.close()  # so that the pipe ends with the actor
-            self.connections.append(ours)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            for index in range(self.args.num_actors):
+                ours, theirs = context.Pipe()
+                arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+                self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
+                self.processes[-1].start()
+                theirs.close()  # so that the pipe ends with the actor
+                self.connections.append(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         ready = 0
         while ready < self.args.num_actors:
             ready += len(self.receive())
@@ -699,7 +706,7 @@ def train(args):
             asked = time.perf_counter()
             slots, ended, waits, acts = map(list, zip(*actors.collect(batch=version), strict=True))
             learner_wait = time.perf_counter() - asked
-            batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
+            batch = rollouts.batch(slots, device)  # [T (observations: more), N, ...]
             lags = (version - rollouts.version[slots]).float()  # [R]
             for slot in () if atari else slots:
                 reward_scaler.update(slot // slots_per_actor, rollouts.arrays(slot))

@@ -159,7 +159,8 @@ class AtariEnvs:
 
     envpool resets on the *next* step, which is a dummy: see `valid` [C]. With episodic_life a lost life is a terminated
     step for the learner, while returns and lengths are of whole games, in raw score. All else is envpool's default and
-    the usual one: up to 30 no-ops, fire on reset, 4 frames per step, minimal action set, games cut after 27000 steps.
+    the usual one: 4 frames per step, minimal action set, games cut after 27000 steps, up to 30 no-ops and fire at the
+    start (with episodic_life after a lost life, too).
     """
 
     def __init__(self, env_id, num_envs, seed, **options):
@@ -208,8 +209,8 @@ def keep_freed_memory():
     page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; 32 MiB is most to older ones
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -243,11 +244,14 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         # Convolutions are faster where the channels of a pixel are neighbours in memory
         self.to(device, memory_format=torch.channels_last)
+        # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
+        torch.backends.cudnn.allow_tf32 = False
 
     def features(self, obs):
         """Frames [..., 4, 84, 84] uint8 -> what policy and critic have in common, [..., 512]."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.network(obs.flatten(0, -4) / 255)
+            # In parts, because a whole batch at once, as for the values, would be as large as its float32 copy
+            hidden = torch.cat([self.network(part / 255) for part in obs.flatten(0, -4).split(512)])
         return hidden.float().unflatten(0, obs.shape[:-3])
 
     def get_value(self, obs):
@@ -384,8 +388,8 @@ class PolicyStore:
 
 class Rollouts:
     """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
-    observations (a step more, for the last value) are given as zeros in the shape and type of one slot. Rewards are
-    raw, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
+    observations (with those after the last step) are given as zeros, in the shape and type of a slot. Rewards are as
+    paid, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
 
     def __init__(self, num_slots, actions, **observations):
         numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
@@ -399,7 +403,7 @@ class Rollouts:
         return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
 
     def batch(self, slots, device):
-        """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
+        """Copy slots to the device as one time-major batch: [T (observations: more), N, ...], N = len(slots) * C."""
         fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
@@ -478,14 +482,16 @@ class Actors:
         # tracker must run before, because starting it would lift the block
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for index in range(self.args.num_actors):
-            ours, theirs = context.Pipe()
-            arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
-            self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
-            self.processes[-1].start()
-            theirs.close()  # so that the pipe ends with the actor
-            self.connections.append(ours)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            for index in range(self.args.num_actors):
+                ours, theirs = context.Pipe()
+                arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+                self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
+                self.processes[-1].start()
+                theirs.close()  # so that the pipe ends with the actor
+                self.connections.append(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         ready = 0
         while ready < self.args.num_actors:
             ready += len(self.receive())

@@ -60,7 +60,6 @@ class Args:
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
-
     compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
 
     # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
@@ -391,8 +390,8 @@ class PolicyStore:
 
 class Rollouts:
     """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
-    observations (a step more, for the last value) are given as zeros in the shape and type of one slot. Rewards are
-    raw, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
+    observations (with those after the last step) are given as zeros, in the shape and type of a slot. Rewards are as
+    paid, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
 
     def __init__(self, num_slots, actions, **observations):
         numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
@@ -406,7 +405,7 @@ class Rollouts:
         return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
 
     def batch(self, slots, device):
-        """Copy slots to the device as one time-major batch: [T (obs: T + 1), N, ...], N = len(slots) * C."""
+        """Copy slots to the device as one time-major batch: [T (observations: more), N, ...], N = len(slots) * C."""
         fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
@@ -485,14 +484,16 @@ class Actors:
         # tracker must run before, because starting it would lift the block
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for index in range(self.args.num_actors):
-            ours, theirs = context.Pipe()
-            arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
-            self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
-            self.processes[-1].start()
-            theirs.close()  # so that the pipe ends with the actor
-            self.connections.append(ours)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            for index in range(self.args.num_actors):
+                ours, theirs = context.Pipe()
+                arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+                self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
+                self.processes[-1].start()
+                theirs.close()  # so that the pipe ends with the actor
+                self.connections.append(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         ready = 0
         while ready < self.args.num_actors:
             ready += len(self.receive())

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: tests recompute on the CPU what runs computed
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

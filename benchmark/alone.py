@@ -1,0 +1,74 @@
+"""The speed limits of a script: its learner without actors, or its actors without a learner, on the script's own code.
+
+    python benchmark/alone.py learner vaco_async_mujoco --seconds 30 [any flag of the script]
+    python benchmark/alone.py actors vaco_async_atari --seconds 30 --bf16
+
+`learner` trains over and over on the rollouts of the first batch, which are there at once; `actors` collects batches
+with the first policy and throws them away. Prints steps per second, without start-up and the first 3 batches.
+"""
+
+import importlib
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+WARM_UP = 3  # batches that do not count
+
+
+class Done(Exception):
+    """Time is up; the message is the result."""
+
+
+def alone(script, part, seconds):
+    """`script.Actors` with the other side taken away, which raises Done after some seconds."""
+
+    class Alone(script.Actors):
+        batches, begun = 0, None
+
+        def count(self):
+            self.batches += 1
+            if self.batches == WARM_UP:
+                self.begun = time.perf_counter()
+            elif self.begun and time.perf_counter() - self.begun > seconds:
+                samples = self.args.rollouts_per_batch * self.args.num_steps * self.args.num_envs
+                speed = (self.batches - WARM_UP) * samples / (time.perf_counter() - self.begun)
+                raise Done(f"{part} alone: {speed:.0f} steps/s")
+
+        def collect(self, batch):
+            if part == "actors":
+                while True:
+                    messages = super().collect(self.batches)
+                    self.issue(newest=0, freed=[message[0] for message in messages])
+                    self.count()
+            if batch == 0:
+                self.messages = super().collect(batch)
+                self.stop()
+            self.count()
+            return self.messages
+
+        def issue(self, newest, freed=()):
+            if part == "actors" or (newest == 0 and not freed):  # the learner's first batch
+                super().issue(newest, freed)
+
+    return Alone
+
+
+def main():
+    part, name = sys.argv[1:3]
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    script = importlib.import_module(name)
+    flags = sys.argv[3:]
+    seconds = float(flags.pop(flags.index("--seconds") + 1)) if "--seconds" in flags else 30
+    args = tyro.cli(script.Args, args=[flag for flag in flags if flag != "--seconds"])
+    script.Actors = alone(script, part, seconds)
+    try:
+        script.train(replace(args, exp_name=f"{part}_alone", total_timesteps=10**9))
+    except Done as done:
+        print(done)
+
+
+if __name__ == "__main__":
+    main()

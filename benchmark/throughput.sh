@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Measures our scripts and, side by side, Stable-Baselines3 and Sample Factory, each in a virtual environment of its own.
+# Leave the machine alone meanwhile.   bash benchmark/throughput.sh [flags of throughput.py, for instance --rounds 5]
+set -euo pipefail
+cd "$(dirname "$0")"
+peers=${PEERS:-$HOME/.cache/vaco-peers}
+torch=$(grep '^torch==' ../requirements.txt)
+if [ ! -e "$peers/sb3/ready" ]; then
+    python3 -m venv "$peers/sb3"
+    "$peers/sb3/bin/pip" install "$torch"
+    "$peers/sb3/bin/pip" install stable-baselines3==2.9.2 tensorboard "gymnasium[mujoco]" ale-py opencv-python-headless
+    touch "$peers/sb3/ready"
+fi
+if [ ! -e "$peers/sf/ready" ]; then
+    python3 -m venv "$peers/sf"
+    "$peers/sf/bin/pip" install "$torch"
+    # Not its extras: they pin what no longer installs
+    "$peers/sf/bin/pip" install sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7
+    touch "$peers/sf/ready"
+fi
+python throughput.py --peers "$peers" "$@"
