@@ -37,9 +37,10 @@ def read(run, tag, stretch):
     events.Reload()
     if tag not in events.Tags()["scalars"]:
         raise SystemExit(f"error: {run} has no {tag}; it has {', '.join(events.Tags()['scalars']) or 'no scalars'}")
-    values = defaultdict(list)
-    for event in events.Scalars(tag):
-        values[math.ceil(event.step / stretch) * stretch].append(event.value)
+    values, scalars = defaultdict(list), events.Scalars(tag)
+    stretches = max(round(scalars[-1].step / stretch), 1)  # the steps that a last batch is over count with the last one
+    for event in scalars:
+        values[min(math.ceil(event.step / stretch), stretches) * stretch].append(event.value)
     return {end: float(np.mean(part)) for end, part in sorted(values.items())}
 
 
@@ -52,7 +53,7 @@ def main(args):
     print("| steps |" + "".join(f" {name}, seed {seed} |" for name, seed, _ in curves))
     print("|---|" + "---|" * len(curves))
     for end in ends:
-        print(f"| {end} |" + "".join(f" {curve[end]:.1f} |" if end in curve else " |" for *_, curve in curves))
+        print(f"| {end} |" + "".join(f" {curve[end]:.3g} |" if end in curve else " |" for *_, curve in curves))
     if args.figure is None:
         return
     names = list(dict.fromkeys(name for name, *_ in curves))

@@ -15,7 +15,8 @@ if [ ! -e "$peers/sf/ready" ]; then
     python3 -m venv "$peers/sf"
     "$peers/sf/bin/pip" install "$torch"
     # Not its extras: they pin what no longer installs
-    "$peers/sf/bin/pip" install sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7
+    "$peers/sf/bin/pip" install sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7 \
+        imageio
     touch "$peers/sf/ready"
 fi
 python throughput.py --peers "$peers" "$@"
