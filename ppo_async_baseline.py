@@ -58,7 +58,7 @@ class Args:
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
-    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
+    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs g++, or CXX
 
     # an envpool task with a floating-point Box action space (MuJoCo, dm_control, ...), or an Atari game (Pong-v5, ...);
     # flags whose help gives two defaults, continuous control's and Atari's, follow it
@@ -144,8 +144,8 @@ def validate(args):
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    check(args, "compile", not args.compile or compiler, "needs a C++ compiler, and there is none; type --no-compile")
+    compiler = os.environ.get("CXX", "g++")  # where torch looks
+    check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     limit = 2**17 if atari else 2**22
     check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")

@@ -60,7 +60,7 @@ class Args:
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
-    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
+    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs g++, or CXX
 
     # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
     env_id: str = "HalfCheetah-v4"
@@ -124,8 +124,8 @@ def validate(args):
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    check(args, "compile", not args.compile or compiler, "needs a C++ compiler, and there is none; type --no-compile")
+    compiler = os.environ.get("CXX", "g++")  # where torch looks
+    check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]

@@ -66,9 +66,13 @@ def test_wrong_flags_are_named_with_what_to_type(flags, expected):
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setattr(vaco_async_mujoco.shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match=r"--compile True: needs a C.. compiler.*type --no-compile"):
-        validate(Args(compile=True))
+    # torch looks for no other, whatever is there
+    monkeypatch.setattr(vaco_async_mujoco.shutil, "which", lambda name: name if name == "clang++" else None)
+    for compiler in ("g++", "my-c++"):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(UsageError) as caught:
+            validate(Args(compile=True))
+        assert str(caught.value) == f"--compile True: needs {compiler}; type --no-compile"
     validate(Args())
 
 
