@@ -236,7 +236,7 @@ def atari_actions(env_id):
 
 
 class AtariEnvs:
-    """The environments of one actor: C copies of an Atari game, `obs` [C, 4, 84, 84] uint8, the last 4 grey frames.
+    """The environments of one actor: C copies of an Atari game, `obs` [C, 84, 84, 4] uint8, the last 4 grey frames.
 
     envpool resets on the *next* step, which is a dummy: see `valid` [C]. With episodic_life a lost life is a terminated
     step for the learner, while returns and lengths are of whole games, in raw score. All else is envpool's default and
@@ -248,19 +248,19 @@ class AtariEnvs:
         self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
         self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
-        self.obs, info = self.envs.reset()
-        self.lives = info["lives"]
+        obs, info = self.envs.reset()
+        self.obs, self.lives = np.moveaxis(obs, 1, -1), info["lives"]
         assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
 
     def write_obs(self, out, t):
         """Write the newest frame before step t to a slot, at its start also the three before: 1/4 of all stacks."""
         if t == 0:
-            out.obs[:3] = self.obs[:, :3].swapaxes(0, 1)
-        out.obs[t + 3], out.ages[t] = self.obs[:, 3], self.ages
+            out.obs[:3] = np.moveaxis(self.obs[..., :3], -1, 0)
+        out.obs[t + 3], out.ages[t] = self.obs[..., 3], self.ages
 
     def step(self, actions):
         """Actions [C] -> rewards, terminated, truncated [C], (score, length) of each game that ended."""
-        self.obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
+        obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
         # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
         unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
         self.ages = np.minimum(self.ages + 1, 3) * ~(self.over | unseen)  # frames before, of the same game
@@ -269,11 +269,12 @@ class AtariEnvs:
         self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
         episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
         self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
+        self.obs = np.moveaxis(obs, 1, -1)
         return rewards, terminated, truncated, episodes
 
 
 def stack_frames(frames, ages):
-    """The stacks that `AtariEnvs.write_obs` took apart: frames [T + 4, N, 84, 84] -> [T + 1, N, 4, 84, 84].
+    """The stacks that `AtariEnvs.write_obs` took apart: frames [T + 4, N, 84, 84] -> [T + 1, N, 84, 84, 4].
 
     ages [T + 1, N] counts earlier frames of the same game, up to 3: envpool repeats the first where there are fewer.
     """
@@ -282,7 +283,8 @@ def stack_frames(frames, ages):
     rows = torch.arange(3, len(frames), device=frames.device).view(-1, 1, 1) - back
     index = rows * N + torch.arange(N, device=frames.device).view(1, -1, 1)
     # 7 times faster than frames[rows, columns], which copies byte by byte
-    return frames.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *frames.shape[2:])
+    stacks = frames.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *frames.shape[2:])
+    return stacks.movedim(2, -1).contiguous()  # channels last, once for all gradient steps
 
 
 class RewardScaler:
@@ -359,9 +361,11 @@ class Agent(nn.Module):
     def features(self, obs):
         """What policy and critic have in common: [..., 512] for Atari, the normalised observations otherwise."""
         if self.atari:
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
             with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
                 # In parts, because a whole batch at once, as for the values, would be as large as its float32 copy
-                hidden = torch.cat([self.network(part / 255) for part in obs.flatten(0, -4).split(512)])
+                parts = (part.to(dtype).movedim(-1, 1) / 255 for part in obs.flatten(0, -4).split(512))
+                hidden = torch.cat([self.network(part) for part in parts])
             return hidden.float().unflatten(0, obs.shape[:-3])
         return obs
 
@@ -754,7 +758,7 @@ def train(args):
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
-                    loss, update = minibatch_loss(agent, args, kl_coef, *(row[mb] for row in rows))
+                    loss, update = minibatch_loss(agent, args, kl_coef, *(row.index_select(0, mb) for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

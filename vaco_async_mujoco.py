@@ -621,7 +621,7 @@ def train(args):
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
-                    loss, update = minibatch_loss(agent, args, *(row[mb] for row in rows))
+                    loss, update = minibatch_loss(agent, args, *(row.index_select(0, mb) for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

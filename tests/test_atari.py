@@ -34,7 +34,7 @@ def state_of(agent):
 
 
 def play(game, num_envs, seed, steps, num_slots, **options):
-    """Random play: AtariEnvs written to slots, the plain stacks [steps + 1, C, 4, 84, 84], the games that ended."""
+    """Random play: AtariEnvs written to slots, the plain stacks [steps + 1, C, 84, 84, 4], the games that ended."""
     envs, num_actions = AtariEnvs(game, num_envs, seed, **options), atari_actions(game)
     rng, slots, all_stacks, ended = np.random.default_rng(seed), [], [], []
     for _ in range(num_slots):
@@ -113,12 +113,12 @@ def test_atari_makes_the_published_environment(game):
     assert (config.frame_skip, config.stack_num, config.noop_max, config.max_episode_steps) == (4, 4, 30, 27000)
     assert (config.use_fire_reset, config.full_action_space, config.gray_scale) == (True, False, True)
     assert (config.img_height, config.img_width) == (84, 84)
-    assert AtariEnvs(game, 2, 0).obs.shape == (2, 4, 84, 84)
+    assert AtariEnvs(game, 2, 0).obs.shape == (2, 84, 84, 4)
 
 
 def test_logprobs_and_entropy_are_the_categoricals():
     torch.manual_seed(0)
-    agent, obs = Agent(6), torch.randint(0, 256, (3, 2, 4, 84, 84), dtype=torch.uint8)
+    agent, obs = Agent(6), torch.randint(0, 256, (3, 2, 84, 84, 4), dtype=torch.uint8)
     with torch.no_grad():
         agent.actor.weight.mul_(300)  # far from uniform
         actions, logprobs = agent.act(obs[0], torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ def test_logprobs_and_entropy_are_the_categoricals():
 
 def test_actions_are_drawn_with_their_probabilities():
     torch.manual_seed(0)
-    agent, obs = Agent(3), torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
+    agent, obs = Agent(3), torch.randint(0, 256, (1, 84, 84, 4), dtype=torch.uint8)
     with torch.no_grad():
         agent.actor.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
         expected = agent.actor(agent.features(obs)).softmax(-1)[0]
@@ -148,7 +148,7 @@ def test_actions_are_drawn_with_their_probabilities():
 def test_zero_lag_ratio_is_one(bf16):
     """Actors see C rows at a time, the learner whole batches: probabilities agree all the same, also in bfloat16."""
     torch.manual_seed(0)
-    agent, obs = Agent(6, bf16), torch.randint(0, 256, (20, 4, 4, 84, 84), dtype=torch.uint8)
+    agent, obs = Agent(6, bf16), torch.randint(0, 256, (20, 4, 84, 84, 4), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
@@ -165,7 +165,7 @@ def test_bf16_computes_the_network_in_bfloat16_and_nothing_else(script):
     dtypes = {}
     for name, module in agent.named_modules():
         module.register_forward_hook(lambda module, inputs, out, name=name: dtypes.update({name: out.dtype}))
-    logprobs, entropy, values = agent.evaluate(torch.zeros(8, 4, 84, 84, dtype=torch.uint8), torch.zeros(8).long())
+    logprobs, entropy, values = agent.evaluate(torch.zeros(8, 84, 84, 4, dtype=torch.uint8), torch.zeros(8).long())
     assert dtypes["network.0"] == dtypes["network.7"] == torch.bfloat16
     assert dtypes["actor"] == dtypes["critic"] == logprobs.dtype == entropy.dtype == values.dtype == torch.float32
     (logprobs.mean() + entropy.mean() + values.mean()).backward()
@@ -390,8 +390,8 @@ class Catch(AtariEnvs):
         self.envs = CatchGame(num_envs, seed)
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
         self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
-        self.obs, info = self.envs.reset()
-        self.lives = info["lives"]
+        obs, info = self.envs.reset()
+        self.obs, self.lives = np.moveaxis(obs, 1, -1), info["lives"]
 
 
 @pytest.mark.slow
