@@ -66,6 +66,8 @@ class Args:
     reward_clip: bool = True  # Atari: if toggled, the learner sees the sign of rewards; scores are raw
     repeat_action_probability: float = 0.0  # Atari: the probability of a sticky action
     bf16: bool = False  # Atari: if toggled, the CNN computes in bfloat16, in learner and actors
+    learner_threads: int = 1  # CPU threads of the learner; the MLPs do not gain from more, the CNN does
+    actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
 
     # Actors decide how old the data is when it arrives (backward lag)
 
@@ -131,8 +133,10 @@ def validate(args):
             setattr(args, name, defaults[atari])
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
+    lowest["learner_threads"] = 1
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
+    highest |= {"learner_threads": 256, "actor_nice": 19}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -516,15 +520,17 @@ class Rollouts:
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
 
-def actor(make_agent, make_envs, seed, store, rollouts, learner):
+def actor(args, index, make_agent, make_envs, store, rollouts, learner):
     """An actor process: for every ticket, load one policy version and fill one slot with it.
 
     Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
     [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
     """
     torch.set_num_threads(1)
+    os.nice(args.actor_nice)
     warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
     try:
+        seed = actor_seed(args, index)
         agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
         learner.send(None)
         while True:
@@ -593,7 +599,7 @@ class Actors:
         try:
             for index in range(self.args.num_actors):
                 ours, theirs = context.Pipe()
-                arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+                arguments = (self.args, index, make_agent, make_envs, store, rollouts, theirs)
                 self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
                 self.processes[-1].start()
                 theirs.close()  # so that the pipe ends with the actor
@@ -664,7 +670,7 @@ def train(args):
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(1)  # a second thread would take a core from the actors
+    torch.set_num_threads(args.learner_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     atari = atari_actions(args.env_id) is not None

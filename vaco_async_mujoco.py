@@ -61,6 +61,7 @@ class Args:
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
     compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs g++, or CXX
+    actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
 
     # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
     env_id: str = "HalfCheetah-v4"
@@ -117,7 +118,7 @@ def validate(args):
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
-    highest |= {"rollouts_per_batch": 1024, "lag": 10_000}
+    highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "actor_nice": 19}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -410,15 +411,17 @@ class Rollouts:
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
 
-def actor(make_agent, make_envs, seed, store, rollouts, learner):
+def actor(args, index, make_agent, make_envs, store, rollouts, learner):
     """An actor process: for every ticket, load one policy version and fill one slot with it.
 
     Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
     [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
     """
     torch.set_num_threads(1)
+    os.nice(args.actor_nice)
     warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
     try:
+        seed = actor_seed(args, index)
         agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
         learner.send(None)
         while True:
@@ -487,7 +490,7 @@ class Actors:
         try:
             for index in range(self.args.num_actors):
                 ours, theirs = context.Pipe()
-                arguments = (make_agent, make_envs, actor_seed(self.args, index), store, rollouts, theirs)
+                arguments = (self.args, index, make_agent, make_envs, store, rollouts, theirs)
                 self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
                 self.processes[-1].start()
                 theirs.close()  # so that the pipe ends with the actor

@@ -239,13 +239,16 @@ def test_every_flag_of_the_environment_and_bf16_change_a_baselines_result(script
             assert not torch.equal(agents[i].actor.weight, agents[j].actor.weight), (variant, variants[j])
 
 
-def test_learner_threads_and_what_actors_are_made_of(monkeypatch):
-    started, start = [], vaco_async_atari.Actors.start
-    monkeypatch.setattr(
-        vaco_async_atari.Actors, "start", lambda self, *inputs: started.append(inputs) or start(self, *inputs)
-    )
-    train(replace(SMALL, learner_threads=2, bf16=True))
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_learner_threads_and_what_actors_are_made_of(script, monkeypatch):
+    started, start = [], script.Actors.start
+    monkeypatch.setattr(script.Actors, "start", lambda self, *inputs: started.append(inputs) or start(self, *inputs))
+    args = replace(SMALL, bf16=True) if script is vaco_async_atari else script.Args(**FLAGS, bf16=True)
+    script.train(replace(args, learner_threads=2))
     assert torch.get_num_threads() == 2
+    if script is not vaco_async_atari:
+        assert started[0][0].args == (0, 4, True, True)
+        return
     (make_agent, make_envs, *_), options = started[0], {"episodic_life", "reward_clip", "repeat_action_probability"}
     assert (make_agent.args, make_envs.args, make_envs.keywords.keys()) == (
         (4, True, "cpu"),

@@ -20,7 +20,7 @@ import torch
 from conftest import REPOSITORY, processes_of_session, read_curves
 
 import vaco_async_mujoco
-from vaco_async_mujoco import Args, PolicyStore, Rollouts, continuous_sizes, train
+from vaco_async_mujoco import Actors, Args, PolicyStore, Rollouts, continuous_sizes, train
 
 SMALL = Args(
     env_id="InvertedPendulum-v4",
@@ -305,6 +305,21 @@ def test_no_filter_drops_nothing_and_a_budget_of_zero_drops_much():
     os.rename("runs", "other")
     train(replace(SMALL, tv_threshold=0.0))
     assert 0.1 < np.mean(read_curves(".")["filter/dropped"]) < 0.9
+
+
+def test_actors_are_as_nice_as_asked_with_all_their_threads(monkeypatch):
+    start, seen = Actors.start, []
+
+    def recorded_start(self, *arguments):
+        start(self, *arguments)
+        for process in self.processes:
+            threads = os.listdir(f"/proc/{process.pid}/task")
+            assert len(threads) > 1  # envpool's, too
+            seen.extend(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads)
+
+    monkeypatch.setattr(Actors, "start", recorded_start)
+    train(replace(SMALL, actor_nice=3))
+    assert set(seen) == {os.getpriority(os.PRIO_PROCESS, 0) + 3}
 
 
 @pytest.mark.parametrize("env_id", ["Swimmer-v4", "Ant-v5", "FishSwim-v1", "ManipulatorBringBall-v1", "Pendulum-v1"])
