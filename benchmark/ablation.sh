@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What the parts of VACO do: under backward lag (mixture, lag 8), and under forward lag (more and more updates, lag 0).
+#   bash benchmark/ablation.sh [--seeds 3] [--steps 300000] [--workers 2] [--smoke]
+seeds=3 steps=300000
+source "$(dirname "$0")/options.sh"
+envs="HalfCheetah-v4 Hopper-v4"
+parts=("VACO" "VACO, no filter" "VACO, no alignment" "VACO --no-filter --no-align" "VACO --tv-anchor learner")
+parts+=("VACO --tv-threshold 0.05" "VACO --tv-threshold 0.1" "VACO --tv-threshold 0.4")
+epochs=()
+for n in 1 4 10 20; do epochs+=("VACO --update-epochs $n" "PPO-clip --update-epochs $n"); done
+[ $smoke ] && envs="Hopper-v4" parts=("VACO" "VACO --tv-threshold 0.05") epochs=("VACO --update-epochs 1")
+common=(--env-ids $envs --seeds $(seq 1 "$seeds"))
+actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
+run --out "$results/${study}_lag8.jsonl" --lags 8 --methods "${parts[@]}" "untrained" "${common[@]}" --flags="$actors"
+run --out "$results/${study}_epochs.jsonl" --lags 0 --methods "${epochs[@]}" "untrained" "${common[@]}" --flags="$actors"
+plot "$results/${study}_lag8.jsonl"
+plot "$results/${study}_epochs.jsonl"

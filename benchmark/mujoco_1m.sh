@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Anchors: VACO and PPO without lag, 1M steps, to hold against published results of PPO.
+#   bash benchmark/mujoco_1m.sh [--seeds 3] [--steps 1000000] [--workers 2] [--smoke]
+seeds=3 steps=1000000
+source "$(dirname "$0")/options.sh"
+envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Humanoid-v4"
+[ $smoke ] && envs="Hopper-v4"
+# One actor with 16 environments, as many steps as CleanRL's batch
+run --out "$results/$study.jsonl" --env-ids $envs --lag-schedule fixed --methods "VACO" "PPO-clip" "untrained" \
+    --seeds $(seq 1 "$seeds") --flags="--num-actors 1 --num-envs 16 --num-steps 128"
+plot "$results/$study.jsonl"

@@ -1,0 +1,213 @@
+"""Runs the scripts over environments, methods, lags and seeds, side by side, and records every finished run.
+
+    python benchmark/run.py --out results.jsonl --env-ids HalfCheetah-v4 Hopper-v4 --methods VACO PPO-clip \
+        "VACO --tv-threshold 0.1" --lags 0 4 16 --seeds 1 2 3 --steps 300000 --workers 2
+
+A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was. Seeds are the
+outermost loop: the table of results is complete, with few seeds, long before the study is. One line of JSON per run has
+the command, the versions of what it ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of
+steps, and the means of lag and filter metrics. A run that fails is shown with the end of its output, and the exit code
+is 1 when all others are done.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# {domain} is mujoco or atari; {epochs} makes as many gradient steps per batch as PPO and VACO do
+METHODS = {
+    "VACO": "vaco_async_{domain}.py",
+    "VACO, no filter": "vaco_async_{domain}.py --no-filter",
+    "VACO, no alignment": "vaco_async_{domain}.py --no-align",
+    "PPO-clip": "ppo_async_baseline.py --objective clip",
+    "PPO-KL": "ppo_async_baseline.py --objective kl",
+    "SPO": "ppo_async_baseline.py --objective spo",
+    "decoupled PPO": "ppo_async_baseline.py --objective decoupled",
+    "IMPALA": "impala_baseline.py --update-epochs {epochs}",
+    "IMPALA, 1 epoch": "impala_baseline.py",
+    # The policy before any training: the zero of normalised scores
+    "untrained": "ppo_async_baseline.py --learning-rate 0 --update-epochs 1 --num-minibatches 1",
+}
+STRETCHES = 20  # of equal length, per learning curve
+METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl")
+
+
+@dataclass
+class Args:
+    out: Path  # the file of results, one line of JSON per run; made if it is not there
+    env_ids: tuple[str, ...]
+    # names as in METHODS (see the top of benchmark/run.py), each with more flags if wanted: "VACO --tv-threshold 0.1"
+    methods: tuple[str, ...]
+    lags: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (1,)
+    lag_schedule: str = "mixture"
+    steps: int = 300_000  # environment steps per run
+    flags: str = ""  # flags for all runs, as one string after a =: --flags="--num-actors 8 --num-envs 2"
+    workers: int = 2  # runs at once; each is busy on one to two cores. Lockstep results do not depend on it
+    dry_run: bool = False  # only print the commands of the runs that are missing
+
+
+def is_atari(env_id):
+    sys.path.insert(0, str(REPOSITORY))
+    from ppo_async_baseline import atari_actions
+
+    return atari_actions(env_id) is not None
+
+
+def command_of(method, env_id, seed, lag, args):
+    """The command line of one run, a list from the script's name on. Raises SystemExit if no such method is known."""
+    names = [name for name in METHODS if method == name or method.startswith(f"{name} --")]
+    if not names:
+        raise SystemExit(f"error: --methods {method}: must begin with one of {', '.join(METHODS)}")
+    name = max(names, key=len)
+    domain, epochs = ("atari", 16) if is_atari(env_id) else ("mujoco", 20)
+    script, *flags = METHODS[name].format(domain=domain, epochs=epochs).split()
+    parts = [script, "--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.steps)]
+    parts += ["--lag-schedule", args.lag_schedule, "--lag", str(lag), *shlex.split(args.flags)]
+    return parts + flags + shlex.split(method.removeprefix(name))  # of a flag given twice, the last counts
+
+
+def versions():
+    """What results depend on: the commit (`-dirty`: with changes that are in no commit), packages, the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processors = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.strip()
+    packages = {name: version(name) for name in ("torch", "envpool", "gymnasium", "numpy")}
+    return {"commit": commit, **packages, "cpu": processors[0] if processors else "unknown", "date": str(date.today())}
+
+
+def measure(output, folder, steps):
+    """What a finished run has shown: from its summary line, and from its TensorBoard curves."""
+    summary = re.findall(r"steps in ([\d.]+) s, (\d+) SPS, (?:return (\S+)|no return yet), mean of (\d+)", output)
+    if len(summary) != 1:
+        raise RuntimeError(f"no summary line\n{output[-2000:]}")
+    seconds, sps, final, episodes = summary[0]
+    (run,) = Path(folder, "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    stretches = [[] for _ in range(STRETCHES)]
+    for event in events.Scalars("charts/episodic_return") if "charts/episodic_return" in tags else []:
+        stretches[min(math.ceil(event.step / steps * STRETCHES), STRETCHES) - 1].append(event.value)
+    metrics = [tag for tag in tags if tag.startswith(METRICS)]
+    return {
+        "return": float(final) if final else None,
+        "episodes": int(episodes),
+        "grid": [steps * (i + 1) // STRETCHES for i in range(STRETCHES)],
+        "returns": [round(float(np.mean(values)), 2) if values else None for values in stretches],
+        "metrics": {tag: float(f"{np.mean([e.value for e in events.Scalars(tag)]):.5g}") for tag in metrics},
+        "sps": int(sps),
+        "seconds": float(seconds),
+    }
+
+
+class Runner:
+    """Runs commands, each in a folder and a process group of its own, until `stop`."""
+
+    def __init__(self):
+        self.processes, self.lock, self.stopped = set(), threading.Lock(), False
+
+    def run(self, command, steps):
+        """Run one command; returns what `measure` does. Raises RuntimeError with the end of its output if it fails."""
+        with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "w+") as output:
+            with self.lock:
+                if self.stopped:
+                    raise RuntimeError("not started")
+                process = subprocess.Popen(
+                    [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                self.processes.add(process)
+            process.wait()
+            self.processes.discard(process)
+            output.seek(0)
+            text = output.read()
+            if process.returncode != 0:
+                raise RuntimeError(f"exit code {process.returncode}\n{text[-2000:]}")
+            return measure(text, folder, steps)
+
+    def stop(self):
+        """End all runs at once, with their actors."""
+        with self.lock:
+            self.stopped = True
+        for process in list(self.processes):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def main(args):
+    done = set()
+    if args.out.exists():
+        done = {shlex.join(json.loads(line)["command"]) for line in args.out.read_text().splitlines()}
+    jobs = {}  # command: what identifies the run in the results
+    for seed in args.seeds:
+        for lag in args.lags:
+            for env_id in args.env_ids:
+                for method in args.methods:
+                    command = command_of(method, env_id, seed, lag, args)
+                    if shlex.join(command) not in done:
+                        job = {"env_id": env_id, "method": method, "lag_schedule": args.lag_schedule, "lag": lag}
+                        jobs[shlex.join(command)] = job | {"seed": seed, "steps": args.steps, "command": command}
+    if args.dry_run:
+        print("\n".join(jobs))
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    known, failed, runner = versions(), {}, Runner()
+    progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
+    with ThreadPoolExecutor(args.workers) as pool:
+        futures = {pool.submit(runner.run, job["command"], args.steps): job for job in jobs.values()}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                try:
+                    record = job | future.result() | known
+                except Exception as error:  # one bad run must not end the study
+                    failed[shlex.join(job["command"])] = error
+                    progress.write(f"FAILED: {shlex.join(job['command'])}\n{error}")
+                else:
+                    # One write of one line: several runners may share the file
+                    with open(args.out, "a") as file:
+                        file.write(json.dumps(record) + "\n")
+                progress.update()
+        except KeyboardInterrupt:
+            runner.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress.close()
+    if failed:
+        names = "\n".join(f"  {command}" for command in failed)
+        raise SystemExit(
+            f"error: {len(failed)} of {len(jobs)} runs failed (see above; the same command repeats them):\n{names}"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on with the runs that are missing")
