@@ -28,7 +28,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-PPO_MUJOCO = "--num_epochs=10 --batch_size=64 --num_batches_per_epoch=32 --rollout=128 --recurrence=1 --use_rnn=False"
+# Sample Factory's minibatches are whole rollouts: with longer ones than 64 it would train on nothing
+PPO_MUJOCO = "--num_epochs=10 --batch_size=64 --num_batches_per_epoch=32 --rollout=64 --recurrence=1 --use_rnn=False"
 PPO_ATARI = "--num_epochs=4 --batch_size=256 --num_batches_per_epoch=4 --rollout=128 --recurrence=1 --use_rnn=False"
 SAMPLE_FACTORY = "--algo=APPO --device=cpu --with_wandb=False --train_dir={out} --save_every_sec=100000 --experiment=x"
 SAMPLE_FACTORY += " --experiment_summaries_interval=2 --train_for_env_steps={steps} --async_rl=True"
@@ -64,9 +65,10 @@ PROGRAMS = [
         "sf",
     ),
     Program("atari: vaco_async_atari.py", "../vaco_async_atari.py", 20_000, 15.625),
+    Program("atari: the same, --bf16", "../vaco_async_atari.py --bf16", 30_000, 15.625),
     Program(
-        "atari: the same, --bf16 --learner-threads 2",
-        "../vaco_async_atari.py --bf16 --learner-threads 2",
+        "atari: the same, --bf16 --learner-threads 2 --actor-nice 19",
+        "../vaco_async_atari.py --bf16 --learner-threads 2 --actor-nice 19",
         40_000,
         15.625,
     ),
