@@ -753,7 +753,8 @@ def train(args):
             targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
             rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, advantages, targets)
-            rows = [row[batch.valid] for row in rows]
+            valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
+            rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
             b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, _, b_targets = rows
             b_values, b_learner_ratios = values[:-1][batch.valid], b_learner_log_ratios.exp()
 

@@ -614,7 +614,8 @@ def train(args):
             targets, advantages = vtrace(aligned, batch.rewards, values, terminated, dones, *settings)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
             rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets)
-            rows = [row[batch.valid] for row in rows]
+            valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
+            rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
             b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, _, b_targets = rows
             b_values = values[:-1][batch.valid]
 

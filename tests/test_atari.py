@@ -34,8 +34,10 @@ def state_of(agent):
 
 
 def play(game, num_envs, seed, steps, num_slots, **options):
-    """Random play: AtariEnvs written to slots, the plain stacks [steps + 1, C, 84, 84, 4], the games that ended."""
+    """Random play: AtariEnvs written to slots, and envpool's own stacks [steps + 1, C, 4, 84, 84] and game overs."""
     envs, num_actions = AtariEnvs(game, num_envs, seed, **options), atari_actions(game)
+    plain = envpool.make(game, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)  # its twin
+    obs, _ = plain.reset()
     rng, slots, all_stacks, ended = np.random.default_rng(seed), [], [], []
     for _ in range(num_slots):
         out = SimpleNamespace(
@@ -45,11 +47,13 @@ def play(game, num_envs, seed, steps, num_slots, **options):
         stacks = []
         for t in range(steps):
             envs.write_obs(out, t)
-            stacks.append(envs.obs.copy())
-            ended += envs.step(rng.integers(0, num_actions, num_envs))[3]
+            stacks.append(obs.copy())
+            actions = rng.integers(0, num_actions, num_envs)
+            ended += envs.step(actions)[3]
+            obs, *_ = plain.step(actions.astype(np.int32))
         envs.write_obs(out, steps)
         slots.append(out)
-        all_stacks.append(np.stack([*stacks, envs.obs.copy()]))
+        all_stacks.append(np.stack([*stacks, obs.copy()]))
     return slots, all_stacks, ended
 
 
@@ -63,7 +67,7 @@ def test_stacks_are_rebuilt_bit_for_bit_across_slots_lives_and_games(game, episo
     assert len(ended) >= 2
     for out, expected in zip(slots, stacks, strict=True):
         rebuilt = stack_frames(torch.from_numpy(out.obs), torch.from_numpy(out.ages))
-        assert rebuilt.dtype == torch.uint8 and np.array_equal(rebuilt.numpy(), expected)
+        assert rebuilt.dtype == torch.uint8 and np.array_equal(rebuilt.numpy(), expected.transpose(0, 1, 3, 4, 2))
     assert len({out.ages[0].min() for out in slots}) > 1  # some slots begin in a game that is under way
 
 
