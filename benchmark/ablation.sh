@@ -9,9 +9,14 @@ parts+=("VACO --tv-threshold 0.05" "VACO --tv-threshold 0.1" "VACO --tv-threshol
 epochs=()
 for n in 1 4 10 20; do epochs+=("VACO --update-epochs $n" "PPO-clip --update-epochs $n"); done
 [ $smoke ] && envs="Hopper-v4" parts=("VACO" "VACO --tv-threshold 0.05") epochs=("VACO --update-epochs 1")
-common=(--env-ids $envs --seeds $(seq 1 "$seeds"))
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
-run --out "$results/${study}_lag8.jsonl" --lags 8 --methods "${parts[@]}" "untrained" "${common[@]}" --flags="$actors"
-run --out "$results/${study}_epochs.jsonl" --lags 0 --methods "${epochs[@]}" "untrained" "${common[@]}" --flags="$actors"
+common=(--env-ids $envs --flags="$actors")
+for part in lag8 epochs; do
+    run --out "$results/${study}_$part.jsonl" "${common[@]}" --methods "untrained" --seeds 1
+done
+common+=(--seeds $(seq 1 "$seeds"))
+run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "VACO" --lags 0 # the one of normalised scores
+run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "${parts[@]}" --lags 8
+run --out "$results/${study}_epochs.jsonl" "${common[@]}" --methods "${epochs[@]}" --lags 0
 plot "$results/${study}_lag8.jsonl"
 plot "$results/${study}_epochs.jsonl"

@@ -6,6 +6,8 @@ source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Humanoid-v4"
 [ $smoke ] && envs="Hopper-v4"
 # One actor with 16 environments, as many steps as CleanRL's batch
-run --out "$results/$study.jsonl" --env-ids $envs --lag-schedule fixed --methods "VACO" "PPO-clip" "untrained" \
-    --seeds $(seq 1 "$seeds") --flags="--num-actors 1 --num-envs 16 --num-steps 128"
+common=(--out "$results/$study.jsonl" --env-ids $envs --lag-schedule fixed)
+common+=(--flags="--num-actors 1 --num-envs 16 --num-steps 128")
+run "${common[@]}" --methods "untrained" --seeds 1
+run "${common[@]}" --methods "VACO" "PPO-clip" --seeds $(seq 1 "$seeds")
 plot "$results/$study.jsonl"

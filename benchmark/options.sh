@@ -22,5 +22,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 study=$(basename "$0" .sh)
-run() { python "$here/run.py" --steps "$steps" --workers "$workers" "$@"; }
-plot() { python "$here/plot.py" "$@"; }
+failed=0
+# A run that fails must not keep the others from being run and shown
+run() { python "$here/run.py" --steps "$steps" --workers "$workers" "$@" || { failed=$?; [ $failed -le 1 ] || exit $failed; }; }
+plot() { python "$here/plot.py" "$@" || failed=$?; }
+trap '[ $failed = 0 ] || exit $failed' EXIT

@@ -7,8 +7,9 @@ writes beside the results, with their name: .md with all tables, and figures: _r
 and dropped share against lag).
 
 Scores are normalised per environment: 0 is the policy before training (the method "untrained"), 1 the best mean over
-seeds that any method reached without lag. IQM is the interquartile mean over all runs of all environments, intervals
-are 95 % stratified bootstrap intervals: both are rliable's (arXiv 2108.13264).
+seeds that any method reached at the smallest lag. A diverged run, which has no return, counts as 0. IQM is the
+interquartile mean over all runs of all environments, intervals are 95 % stratified bootstrap intervals: both are
+rliable's (arXiv 2108.13264).
 """
 
 import itertools
@@ -47,32 +48,45 @@ class Args:
 class Results:
     """The runs of some files: by method, environment, lag and seed.
 
-    Raises SystemExit if runs of different length are mixed, or there is no "untrained" to normalise by.
+    Raises SystemExit if runs are mixed that are no one study, or if there is no "untrained" to normalise by.
     """
 
     def __init__(self, paths, shown=()):
-        self.runs = {}
-        lengths = set()
+        self.runs, lengths, schedules = {}, set(), set()
         for line in itertools.chain(*(path.read_text().splitlines() for path in paths)):
             run = json.loads(line)
-            if run["return"] is not None:
-                self.runs[run["method"], run["env_id"], run["lag"], run["seed"]] = run
+            key = run["method"], run["env_id"], run["lag"], run["seed"]
+            if key in self.runs and self.runs[key]["command"] != run["command"]:
+                raise SystemExit(f"error: two different runs are {', '.join(map(str, key))}: give results of one study")
+            self.runs[key] = run
             lengths.add(run["steps"])
-        if len(lengths) != 1:
-            raise SystemExit(f"error: runs of {sorted(lengths)} steps are no one study: give files of one length")
+            schedules.add(run["lag_schedule"])
+        if len(lengths) != 1 or len(schedules) != 1:
+            kinds = f"{', '.join(sorted(schedules))}, of {', '.join(map(str, sorted(lengths)))} steps"
+            raise SystemExit(f"error: runs are no one study, but {kinds}: give files of one kind")
         (self.steps,) = lengths
         self.env_ids = list(dict.fromkeys(env_id for _, env_id, *_ in self.runs))
         self.lags = sorted({lag for *_, lag, _ in self.runs})
         known = list(dict.fromkeys(method for method, *_ in self.runs if method != "untrained"))
         self.methods = [method for method in shown or known if method in known]
-        self.zero, self.one = {}, {}
+        unknown = [method for method in shown if method not in known]
+        if unknown:
+            raise SystemExit(f"error: --methods {unknown[0]}: not in the results, which have {', '.join(known)}")
+        self.zero, self.one, self.raw = {}, {}, []  # raw: environments whose scores cannot be normalised
         for env_id in self.env_ids:
             untrained = [run["return"] for (m, e, *_), run in self.runs.items() if m == "untrained" and e == env_id]
             if not untrained:
                 raise SystemExit(f'error: no run of the method "untrained" on {env_id}: scores cannot be normalised')
             self.zero[env_id] = np.mean(untrained)
-            means = [np.mean(scores) for method in known if (scores := self.returns(method, env_id, min(self.lags)))]
-            self.one[env_id] = max(means, default=np.nan)
+        most = max((len(self.seeds(method, min(self.lags))) for method in known), default=0)
+        for env_id in self.env_ids:
+            columns = [self.returns(method, env_id, min(self.lags)) for method in known]
+            self.one[env_id] = max(
+                (np.mean(scores) for scores in columns if len(scores) >= max(most, 1)), default=np.nan
+            )
+            if not self.one[env_id] > self.zero[env_id]:  # very short runs
+                self.one[env_id] = self.zero[env_id] + 1
+                self.raw.append(env_id)
 
     def seeds(self, method, lag, env_ids=None):
         """The seeds that a method has at a lag on all environments."""
@@ -82,8 +96,9 @@ class Results:
         return sorted(set.intersection(*sets))
 
     def returns(self, method, env_id, lag):
-        """The returns of the last 100 episodes, one per seed."""
-        return [self.runs[method, env_id, lag, seed]["return"] for seed in self.seeds(method, lag, [env_id])]
+        """The returns of the last 100 episodes, one per seed; of the untrained policy where a run diverged."""
+        runs = [self.runs[method, env_id, lag, seed] for seed in self.seeds(method, lag, [env_id])]
+        return [self.zero[env_id] if run["return"] is None else run["return"] for run in runs]
 
     def normalise(self, values, env_id):
         return (np.asarray(values, dtype=float) - self.zero[env_id]) / (self.one[env_id] - self.zero[env_id])
@@ -91,8 +106,10 @@ class Results:
     def scores(self, method, lag, env_ids=None):
         """Normalised scores [seeds, environments] of the seeds that are complete."""
         env_ids = env_ids or self.env_ids
-        seeds = self.seeds(method, lag, env_ids)
-        columns = [self.normalise([self.runs[method, e, lag, s]["return"] for s in seeds], e) for e in env_ids]
+        seeds, columns = self.seeds(method, lag, env_ids), []
+        for env_id in env_ids:
+            column = dict(zip(self.seeds(method, lag, [env_id]), self.returns(method, env_id, lag), strict=True))
+            columns.append(self.normalise([column[seed] for seed in seeds], env_id))
         return np.stack(columns, axis=1)
 
     def metric(self, method, lag, name):
@@ -197,10 +214,11 @@ def plot_curves(results, args):
         ax.spines[["top", "right"]].set_visible(False)
         for method in results.methods:
             runs = [results.runs[method, env_id, lag, seed] for seed in results.seeds(method, lag, [env_id])]
-            if not runs:
-                continue
+            runs = [run for run in runs if run["return"] is not None]
             curves = np.array([run["returns"] for run in runs], dtype=float)  # [seeds, stretches], NaN: no episode
             kept = np.isfinite(curves).all(axis=0)
+            if not runs or not kept.any():
+                continue
             grid, mean = np.array(runs[0]["grid"])[kept] / 1e3, curves[:, kept].mean(axis=0)
             looks = {name: value for name, value in styles[method].items() if name != "marker"}
             ax.plot(grid, mean, linewidth=1.2, **looks)
@@ -257,6 +275,7 @@ def plot_profile(results, args):
         scores = {m: part for m in results.methods if len(part := results.scores(m, lag)) >= 2}
         if not scores:
             continue
+        np.random.seed(0)  # rliable draws from the global generator here
         shares, bands = rly.create_performance_profile(scores, taus, reps=min(args.reps, 500))
         for method, share in shares.items():
             looks = {name: value for name, value in styles[method].items() if name != "marker"}
@@ -302,11 +321,23 @@ def markdown(header, rows):
 
 def tables(results, args):
     """All tables, as markdown: IQM, returns per environment, probability of improvement, metrics."""
-    parts = [f"Runs of {results.steps:,} steps; {results.seed_counts()}; lag in versions."]
+    commits = ", ".join(sorted({run["commit"] for run in results.runs.values()}))
+    parts = [f"Runs of {results.steps:,} steps; {results.seed_counts()}; lag in versions; commits {commits}."]
+    if results.raw:
+        nothing = f"no method is better than untrained at lag {min(results.lags)}"
+        parts.append(f"NOT NORMALISED, only shifted, because {nothing}: {', '.join(results.raw)}.")
+    diverged = [f"{', '.join(map(str, key))}" for key, run in results.runs.items() if run["return"] is None]
+    if diverged:
+        parts.append(f"Diverged, counted as untrained: {'; '.join(diverged)} (method, environment, lag, seed).")
 
     def cell(values, form="{:.2f}"):
         value, low, high = (form.format(v) for v in values)
         return f"{value} [{low}, {high}]" if "nan" not in (value, low) else value.replace("nan", "")
+
+    def spread(column):
+        if len(column) < 2:
+            return f"{column[0]:.0f} (1)" if column else ""
+        return f"{np.mean(column):.0f} ± {np.std(column, ddof=1):.0f} ({len(column)})"
 
     header = ["", *(f"lag {lag}" for lag in results.lags)]
     rows = [
@@ -321,10 +352,7 @@ def tables(results, args):
         rows = []
         for method in results.methods:
             columns = [results.returns(method, env_id, lag) for lag in results.lags]
-            texts = [
-                f"{np.mean(c):.0f} ± {np.std(c, ddof=min(len(c) - 1, 1)):.0f} ({len(c)})" if c else "" for c in columns
-            ]
-            rows.append([method, *texts])
+            rows.append([method, *map(spread, columns)])
         zero, one = results.zero[env_id], results.one[env_id]
         title = f"**{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score"
         parts.append(f"{title} 0 is {zero:.0f}, 1 is {one:.0f}\n\n{markdown(header, rows)}")

@@ -6,8 +6,9 @@
 A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was. Seeds are the
 outermost loop: the table of results is complete, with few seeds, long before the study is. One line of JSON per run has
 the command, the versions of what it ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of
-steps, and the means of lag and filter metrics. A run that fails is shown with the end of its output, and the exit code
-is 1 when all others are done.
+steps, and the means of lag and filter metrics. A run whose numbers were no longer finite is a result, too: it is
+recorded as diverged, without a return. A run that fails otherwise is shown with the end of its output, and the exit
+code is 1 when all others are done.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,7 +45,7 @@ METHODS = {
     "SPO": "ppo_async_baseline.py --objective spo",
     "decoupled PPO": "ppo_async_baseline.py --objective decoupled",
     "IMPALA": "impala_baseline.py --update-epochs {epochs}",
-    "IMPALA, 1 epoch": "impala_baseline.py",
+    "IMPALA, 1 epoch": "impala_baseline.py --update-epochs 1",
     # The policy before any training: the zero of normalised scores
     "untrained": "ppo_async_baseline.py --learning-rate 0 --update-epochs 1 --num-minibatches 1",
 }
@@ -87,12 +89,13 @@ def command_of(method, env_id, seed, lag, args):
 
 
 def versions():
-    """What results depend on: the commit (`-dirty`: with changes that are in no commit), packages, the processor."""
+    """What results depend on: the commit (`-dirty`: scripts with changes that no commit has), packages, processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processors = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout.strip()
+    git = partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+    if git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode:
+        commit += "-dirty"
     packages = {name: version(name) for name in ("torch", "envpool", "gymnasium", "numpy")}
     return {"commit": commit, **packages, "cpu": processors[0] if processors else "unknown", "date": str(date.today())}
 
@@ -134,6 +137,7 @@ class Runner:
             with self.lock:
                 if self.stopped:
                     raise RuntimeError("not started")
+                known = versions()
                 process = subprocess.Popen(
                     [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
                     cwd=folder,
@@ -147,9 +151,11 @@ class Runner:
             self.processes.discard(process)
             output.seek(0)
             text = output.read()
+            if process.returncode != 0 and "not finite" in text.splitlines()[-1]:
+                return known | {"return": None, "episodes": 0, "diverged": text.splitlines()[-1][:300], "metrics": {}}
             if process.returncode != 0:
                 raise RuntimeError(f"exit code {process.returncode}\n{text[-2000:]}")
-            return measure(text, folder, steps)
+            return known | measure(text, folder, steps)
 
     def stop(self):
         """End all runs at once, with their actors."""
@@ -177,7 +183,7 @@ def main(args):
         print("\n".join(jobs))
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    known, failed, runner = versions(), {}, Runner()
+    failed, runner = {}, Runner()
     progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
     with ThreadPoolExecutor(args.workers) as pool:
         futures = {pool.submit(runner.run, job["command"], args.steps): job for job in jobs.values()}
@@ -185,7 +191,7 @@ def main(args):
             for future in as_completed(futures):
                 job = futures[future]
                 try:
-                    record = job | future.result() | known
+                    record = job | future.result()
                 except Exception as error:  # one bad run must not end the study
                     failed[shlex.join(job["command"])] = error
                     progress.write(f"FAILED: {shlex.join(job['command'])}\n{error}")
@@ -207,6 +213,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is Ctrl-C's: no run is left behind
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@ torch=$(grep '^torch==' ../requirements.txt)
 if [ ! -e "$peers/sb3/ready" ]; then
     python3 -m venv "$peers/sb3"
     "$peers/sb3/bin/pip" install "$torch"
-    "$peers/sb3/bin/pip" install stable-baselines3==2.9.2 tensorboard "gymnasium[mujoco]" ale-py opencv-python-headless
+    "$peers/sb3/bin/pip" install stable-baselines3==2.9.2 tensorboard==2.21.0 "gymnasium[mujoco]==1.4.0" \
+        mujoco==4.0.0 ale-py==0.12.1 opencv-python-headless==5.0.0.93
     touch "$peers/sb3/ready"
 fi
 if [ ! -e "$peers/sf/ready" ]; then
@@ -16,7 +17,12 @@ if [ ! -e "$peers/sf/ready" ]; then
     "$peers/sf/bin/pip" install "$torch"
     # Not its extras: they pin what no longer installs
     "$peers/sf/bin/pip" install sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7 \
-        imageio
+        imageio==2.38.1
     touch "$peers/sf/ready"
 fi
 python throughput.py --peers "$peers" "$@"
+echo "The limits: each side alone"
+for script in vaco_async_mujoco vaco_async_atari; do
+    for part in learner actors envpool; do echo "$script: $(python alone.py $part $script --seconds 20 | tail -n 1)"; done
+done
+python alone.py actors vaco_async_mujoco --seconds 5 --num-actors 16 | head -n 1

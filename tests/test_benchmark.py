@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmark"))
 import plot
+import throughput
 
 RUN = [sys.executable, str(REPOSITORY / "benchmark" / "run.py"), "--out", "results.jsonl", "--env-ids", "Hopper-v4"]
 SHORT = "--flags=--num-actors 1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1"
@@ -28,7 +30,8 @@ def test_the_lag_study_runs_from_one_command_to_its_figures():
     tables = Path(re.search(r"wrote (\S+/mujoco_lag\.md)", done.stdout)[1])
     runs = [json.loads(line) for line in tables.with_suffix(".jsonl").read_text().splitlines()]
     assert {(run["method"], run["lag"], run["seed"]) for run in runs} == {
-        (method, lag, seed) for method in ("VACO", "PPO-clip", "untrained") for lag in (0, 4) for seed in (1, 2)
+        *((method, lag, seed) for method in ("VACO", "PPO-clip") for lag in (0, 4) for seed in (1, 2)),
+        ("untrained", 0, 1),
     }
     for run in runs:
         assert run["return"] > 0 and run["episodes"] > 0 and len(run["returns"]) == len(run["grid"]) == 20
@@ -58,7 +61,7 @@ def test_a_study_goes_on_where_it_was_and_names_what_failed():
 
 def test_methods_keep_their_own_flags_and_take_more():
     listed = bash(*RUN, "--flags=--update-epochs 2", "--methods", "IMPALA", "IMPALA, 1 epoch", "--dry-run").stdout
-    assert [re.findall(r"--update-epochs (\d+)", line)[-1] for line in listed.splitlines()] == ["20", "2"]
+    assert [re.findall(r"--update-epochs (\d+)", line)[-1] for line in listed.splitlines()] == ["20", "1"]
     unknown = bash(*RUN, "--methods", "PPO", "--dry-run")
     assert unknown.returncode == 1 and "--methods PPO: must begin with one of VACO" in unknown.stderr
 
@@ -75,6 +78,7 @@ def write_runs(returns):
     for (method, env_id, lag), scores in returns.items():
         for seed, score in enumerate(scores):
             run = {"method": method, "env_id": env_id, "lag": lag, "seed": seed, "return": score, "steps": 100}
+            run |= {"command": [method, env_id, lag, seed], "lag_schedule": "mixture", "commit": "abc"}
             run |= {"grid": [50, 100], "returns": [score, score], "metrics": {"lag/tv_backward": 0.1 * lag}}
             lines.append(json.dumps(run))
     path = Path("synthetic.jsonl")
@@ -119,10 +123,54 @@ def test_statistics_by_hand():
     assert plot.Results([path]).seed_counts() == "4 seeds"
 
 
+def test_a_diverged_run_is_recorded_and_counts_as_untrained():
+    """In the study it would fail again and again; left out of the statistics it would make its method look better."""
+    flags = "--flags=--num-actors 1 --num-envs 2 --num-steps 64 --num-minibatches 2 --max-grad-norm 1e12"
+    done = bash(*RUN, "--steps", "256", flags, "--methods", "VACO --learning-rate 1e12")
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(Path("results.jsonl").read_text())
+    assert record["return"] is None and "not finite" in record["diverged"] and record["commit"]
+    path = write_runs({("untrained", "A", 0): [10.0], ("VACO", "A", 0): [30.0, None], ("SPO", "A", 0): [50.0, 50.0]})
+    results = plot.Results([path])
+    np.testing.assert_allclose(results.scores("VACO", 0)[:, 0], [0.5, 0.0])
+    assert "Diverged, counted as untrained: VACO, A, 0, 1" in plot.tables(results, plot.Args((path,), reps=50))
+
+
 def test_results_that_cannot_be_compared_are_refused():
     with pytest.raises(SystemExit, match='no run of the method "untrained" on A'):
         plot.Results([write_runs({("VACO", "A", 0): [1.0]})])
-    path = write_runs({("VACO", "A", 0): [1.0], ("untrained", "A", 0): [1.0]})
-    path.write_text(path.read_text().replace('"steps": 100', '"steps": 200', 1))
-    with pytest.raises(SystemExit, match=r"runs of \[100, 200\] steps are no one study"):
+    path = write_runs({("VACO", "A", 0): [2.0], ("untrained", "A", 0): [1.0]})
+    lines = path.read_text()
+    for change in (('"steps": 100', '"steps": 200'), ('"mixture"', '"fixed"')):
+        path.write_text(lines.replace(*change, 1))
+        with pytest.raises(SystemExit, match="runs are no one study, but "):
+            plot.Results([path])
+    path.write_text(lines + lines.splitlines()[0].replace('"command": ["VACO"', '"command": ["VACO --lr"') + "\n")
+    with pytest.raises(SystemExit, match="two different runs are VACO, A, 0, 0"):
         plot.Results([path])
+    path.write_text(lines)
+    with pytest.raises(SystemExit, match="--methods VACOO: not in the results, which have VACO"):
+        plot.Results([path], ("VACOO",))
+
+
+def test_scores_that_cannot_be_normalised_are_marked():
+    path = write_runs({("untrained", "A", 0): [20.0], ("VACO", "A", 0): [10.0], ("SPO", "A", 0): [0.0]})
+    results = plot.Results([path])
+    assert results.scores("VACO", 0)[0, 0] > results.scores("SPO", 0)[0, 0]  # not upside down
+    assert "NOT NORMALISED" in plot.tables(results, plot.Args((path,), reps=50))
+
+
+def test_speed_leaves_out_the_start():
+    """Six batches of 100 steps, slow ones at first: what counts is the last 300 steps, in 3 seconds."""
+    times = [0.0, 50.0, 90.0, 91.0, 92.0, 93.0]
+    clock = [SimpleNamespace(step=100 * (i + 1), wall_time=time) for i, time in enumerate(times)]
+    assert throughput.speed(clock) == 100.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["learner", "actors", "envpool"])
+def test_each_side_alone(part):
+    flags = ["--seconds", "1", "--env-id", "Hopper-v4", "--num-actors", "2", "--update-epochs", "1"]
+    done = bash(sys.executable, str(REPOSITORY / "benchmark" / "alone.py"), part, "vaco_async_mujoco", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(re.search(rf"{part} alone: (\d+) steps/s", done.stdout)[1]) > 100
