@@ -228,4 +228,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no program is left behind
     main(tyro.cli(Args, description=__doc__))
