@@ -61,9 +61,13 @@ def main(args):
     for name, _, curve in curves:
         color, style = STYLES[names.index(name) % len(STYLES)]
         axes.plot(curve.keys(), curve.values(), style, color=color)
-        last = max(curve)
-        axes.annotate(f" {name}", (last, curve[last]), color=color, va="center", fontsize=8, annotation_clip=False)
     axes.margins(x=0)
+    floor, gap = -math.inf, 0.04 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    for name, _, curve in sorted(curves, key=lambda curve: curve[2][max(curve[2])]):
+        last = max(curve)
+        floor = max(curve[last], floor + gap)  # names that would overlap move up
+        color = STYLES[names.index(name) % len(STYLES)][0]
+        axes.annotate(f" {name}", (last, floor), color=color, va="center", fontsize=8, annotation_clip=False)
     axes.set(xlabel="environment steps", ylabel=args.tag)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.figure, dpi=150)
