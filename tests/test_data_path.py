@@ -4,6 +4,7 @@ import multiprocessing as mp
 import threading
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import envpool
 import numpy as np
@@ -39,9 +40,11 @@ def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
     ours, theirs = mp.Pipe()
     make_envs = partial(ContinuousEnvs, env_id, num_envs)
     messages, threads_before = [], torch.get_num_threads()
-    thread = threading.Thread(target=actor, args=(partial(Agent, *sizes), make_envs, seed, store, rollouts, theirs))
-    thread.start()
-    assert ours.recv() is None
+    arguments = (Args(num_envs=num_envs), 0, partial(Agent, *sizes), make_envs, store, rollouts, theirs)
+    thread = threading.Thread(target=actor, args=arguments)
+    with mock.patch("vaco_async_mujoco.actor_seed", return_value=seed):  # so that tests can make the same environments
+        thread.start()
+        assert ours.recv() is None
     for slot in range(num_rollouts):
         ours.send((slot, LATEST))
         messages.append(ours.recv())
