@@ -84,7 +84,7 @@ PROGRAMS = [
     Program("atari: Stable-Baselines3 PPO, 2 threads", "peers/sb3.py atari {steps} 2 {out}", 20_000, 15.625, "sb3"),
     Program(
         "atari: Sample Factory, asynchronous, its own environments",
-        f"-m sf_examples.atari.train_atari --env=atari_pong --num_workers=4 --num_envs_per_worker=2 "
+        f"peers/sf_atari.py --env=atari_pong --num_workers=4 --num_envs_per_worker=2 "
         f"--worker_num_splits=2 {PPO_ATARI} {SAMPLE_FACTORY}",
         20_000,
         15.625,
