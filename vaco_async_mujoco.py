@@ -30,6 +30,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -66,6 +67,13 @@ class Args:
     # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int = 1_000_000  # environment steps to train for
+
+    checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
+    # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_timesteps, num_actors and those on how
+    # the machine is used may be given anew
+    resume: str = ""
+    actor_timeout: float = 120.0  # seconds after which an actor that sends nothing counts as stuck
+    max_actor_restarts: int = 10  # actors that died, failed or got stuck are started again, this often in total
 
     # Actors decide how old the data is when it arrives (backward lag)
 
@@ -105,6 +113,10 @@ class Args:
 
 class UsageError(Exception):
     """Flags that cannot work; the message is one line that names the flag and what to type instead."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what failed, where, and what is saved."""
 
 
 def check(args, name, holds, advice):
@@ -215,6 +227,7 @@ class RewardScaler:
     def update(self, actor, rollout):
         """Take in one slot (as of `Rollouts.arrays`) of an actor."""
         returns = np.zeros(rollout.rewards.shape)  # [T, C]
+        self.running[actor] *= not rollout.fresh
         for t in range(len(returns)):
             self.running[actor] = (self.gamma * self.running[actor] + rollout.rewards[t]) * rollout.valid[t]
             returns[t] = self.running[actor]
@@ -392,12 +405,14 @@ class PolicyStore:
 class Rollouts:
     """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
     observations (with those after the last step) are given as zeros, in the shape and type of a slot. Rewards are as
-    paid, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`."""
+    paid, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`; a `fresh` rollout
+    is the first of its actor."""
 
     def __init__(self, num_slots, actions, **observations):
         numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
         fields = observations | {"actions": actions, "logprobs": numbers, "rewards": numbers}
-        fields |= {"terminated": flags, "truncated": flags, "valid": flags, "version": torch.tensor(0)}
+        fields |= {"terminated": flags, "truncated": flags, "valid": flags}
+        fields |= {"version": torch.tensor(0), "fresh": torch.tensor(False)}
         for name, field in fields.items():
             setattr(self, name, torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_())
 
@@ -411,17 +426,20 @@ class Rollouts:
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
 
-def actor(args, index, make_agent, make_envs, store, rollouts, learner):
+def actor(args, index, generation, make_agent, make_envs, store, rollouts, learner):
     """An actor process: for every ticket, load one policy version and fill one slot with it.
 
     Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
     [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
     """
+    # Leave with the learner, however it ends, also from the middle of a rollout
+    learner_ends = [mp.parent_process().sentinel]
+    threading.Thread(target=lambda: wait(learner_ends) and os._exit(1), daemon=True).start()
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
     warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
     try:
-        seed = actor_seed(args, index)
+        seed, fresh = actor_seed(args, index, generation), True
         agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
         learner.send(None)
         while True:
@@ -429,7 +447,7 @@ def actor(args, index, make_agent, make_envs, store, rollouts, learner):
             slot, version = learner.recv()
             begun = time.perf_counter()
             out, episodes = rollouts.arrays(slot), []
-            out.version[...] = store.load(agent, version)
+            out.version[...], out.fresh[...], fresh = store.load(agent, version), fresh, False
             for t in range(len(out.rewards)):
                 envs.write_obs(out, t)
                 with torch.inference_mode():
@@ -445,9 +463,12 @@ def actor(args, index, make_agent, make_envs, store, rollouts, learner):
         learner.send(traceback.format_exc())
 
 
-def actor_seed(args, index):
+def actor_seed(args, index, generation=0):
     """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
-    bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint."""
+    bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint. An actor that takes the place of
+    another, as of `generation` 1, plays other episodes: its seed is drawn."""
+    if generation:
+        return int(np.random.default_rng((args.seed, index, generation)).integers(2**31 - args.num_envs))
     return (args.seed * 2**16 + index * args.num_envs) % 2**31
 
 
@@ -469,51 +490,108 @@ class Actors:
     has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
     number of slots, nothing is dropped. Batch v is made, lockstep, of the R rollouts from v R on, in this order, so
     that nothing depends on timing; async, of the R that were finished first.
+
+    An actor that dies, fails or gets stuck is replaced by one with fresh environments, which collects from the start
+    what was asked for and not delivered. `end` says why the run must end, if it must: the number of a signal, or what
+    went wrong.
     """
 
-    def __init__(self, args, slots_per_actor):
-        self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, 0
-        self.issued = [0] * args.num_actors  # tickets given to each actor so far
+    def __init__(self, args, slots_per_actor, version=0):
+        N, done = args.num_actors, version * args.rollouts_per_batch  # rollouts of the batches before `version`
+        self.args, self.slots_per_actor, self.arrivals, self.restarts, self.end = args, slots_per_actor, done, 0, None
+        self.issued = [len(range(index, done, N)) for index in range(N)]  # tickets given to each actor so far
         self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
         self.finished = {}  # place in the order of training -> what the actor sent
-        self.processes, self.connections = [], []
+        self.processes, self.connections, self.pending = [None] * N, [None] * N, [deque() for _ in range(N)]
+        self.generations, self.failures = [version] * N, [0] * N  # failures: since the last rollout
+        self.due, self.heard = dict.fromkeys(range(N), 0.0), [0.0] * N  # when to start it; when it last did something
+        self.starting = set(range(N))
 
-    def start(self, make_agent, make_envs, store, rollouts):
-        """Start the actors, with the arguments of `actor`, and block until all are ready."""
+    def start(self, *arguments):
+        """Start the actors, with the arguments of `actor` from make_agent on, and block until all are ready."""
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
-        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-        context.set_forkserver_preload(["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"])
-        # Ctrl-C reaches every process of a terminal: actors inherit that they leave it to the learner. The resource
-        # tracker must run before, because starting it would lift the block
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for index in range(self.args.num_actors):
-                ours, theirs = context.Pipe()
-                arguments = (self.args, index, make_agent, make_envs, store, rollouts, theirs)
-                self.processes.append(context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True))
-                self.processes[-1].start()
-                theirs.close()  # so that the pipe ends with the actor
-                self.connections.append(ours)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        ready = 0
-        while ready < self.args.num_actors:
-            ready += len(self.receive())
+        self.context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        preload = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"]
+        self.context.set_forkserver_preload(preload)
+        self.arguments = arguments
+        while self.starting and self.end is None:
+            self.receive()
 
-    def receive(self, timeout=None):
-        """Block until actors send something; returns a list of it. Raises RuntimeError if an actor failed or died."""
-        messages = []
-        for connection in wait(self.connections, timeout):
-            process = self.processes[self.connections.index(connection)]
-            try:
-                messages.append(connection.recv())
-            except (EOFError, ConnectionError):
-                process.join(10)
-                raise RuntimeError(f"{process.name} died, exit code {process.exitcode} (-n: signal n)") from None
-            if isinstance(messages[-1], str):
-                raise RuntimeError(f"{process.name} failed:\n{messages[-1]}")
-        return messages
+    def launch(self, index):
+        """Start one actor, and send it the tickets that the one before it left."""
+        # Ctrl-C, and a scheduler's SIGTERM, can reach every process: actors inherit that they leave them to the
+        # learner. The resource tracker must run before, because starting it would lift the block
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self.connections[index], theirs = self.context.Pipe()
+            arguments = (self.args, index, self.generations[index], *self.arguments, theirs)
+            self.processes[index] = self.context.Process(target=actor, args=arguments, daemon=True)
+            self.processes[index].start()
+            theirs.close()  # so that the pipe ends with the actor
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        self.heard[index] = time.monotonic()
+        for ticket in self.pending[index]:
+            self.connections[index].send(ticket)
+
+    def replace(self, index, problem):
+        """Report what is wrong with an actor, and set the time for its successor, or the end of the run."""
+        self.processes[index].kill()
+        self.processes[index].join()
+        self.connections[index].close()
+        self.connections[index], self.restarts = None, self.restarts + 1
+        self.starting.add(index)
+        self.generations[index] += 1
+        self.failures[index] += 1
+        # At once for the first time, then after 1, 2, 4, ... 16 seconds, until it delivers
+        pause = 2.0 ** min(self.failures[index] - 2, 4) if self.failures[index] > 1 else 0
+        self.due[index] = time.monotonic() + pause
+        if self.restarts > self.args.max_actor_restarts:
+            limit = f"--max-actor-restarts {self.args.max_actor_restarts}"
+            self.end = f"actor {index} {problem}\nThat was one more than {limit}"
+            return
+        print(f"actor {index} {problem}\nstarting it again (restart {self.restarts})", file=sys.stderr, flush=True)
+
+    def receive(self, timeout=math.inf):
+        """Block until actors send something, and return a list of it; empty if nothing came within `timeout` seconds,
+        or at least one actor was started or replaced, or the run must end."""
+        deadline = time.monotonic() + timeout
+        while True:
+            messages, changed, now = [], False, time.monotonic()
+            for index in [index for index, due in self.due.items() if due <= now]:
+                del self.due[index]
+                self.launch(index)
+            open_connections = [connection for connection in self.connections if connection is not None]
+            for connection in wait(open_connections, max(min(0.5, deadline - now), 0)):
+                index, process = self.connections.index(connection), self.processes[self.connections.index(connection)]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    process.join(10)
+                    code, changed = process.exitcode, True
+                    killed = code is not None and code < 0
+                    how = f"was killed by {signal.Signals(-code).name}" if killed else f"died with exit code {code}"
+                    self.replace(index, how)
+                    continue
+                self.heard[index] = time.monotonic()
+                if isinstance(message, str):
+                    self.replace(index, f"failed:\n{message}")
+                    changed = True
+                elif message is None:
+                    self.starting.discard(index)
+                    changed = True
+                else:
+                    self.pending[index].popleft()
+                    self.failures[index] = 0
+                    messages.append(message)
+            for index, heard in enumerate(self.heard):
+                busy = self.connections[index] is not None and (self.pending[index] or index in self.starting)
+                if busy and time.monotonic() - heard > self.args.actor_timeout:
+                    self.replace(index, f"sent nothing for {self.args.actor_timeout:g} seconds (--actor-timeout)")
+                    changed = True
+            if messages or changed or self.end is not None or time.monotonic() >= deadline:
+                return messages
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
@@ -527,37 +605,120 @@ class Actors:
                 version = ticket_version(self.args, rollout)
                 if slot in self.rollout_in or version > newest:
                     break
-                with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
-                    connection.send((slot, version))
+                if not self.pending[index]:
+                    self.heard[index] = time.monotonic()
+                self.pending[index].append((slot, version))
+                if connection is not None:
+                    with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
+                        connection.send((slot, version))
                 self.rollout_in[slot] = rollout
                 self.issued[index] += 1
 
     def collect(self, batch):
-        """Block until the rollouts of a batch are there; returns what actors sent, in the order of training."""
+        """Block until the rollouts of a batch are there; returns what actors sent, in the order of training. Returns
+        nothing if the run must end."""
         places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
-        while True:
+        while self.end is None:
             complete = all(place in self.finished for place in places)
-            messages = self.receive(timeout=0 if complete else None)
+            messages = self.receive(timeout=0 if complete else math.inf)
             for message in messages:
                 place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
                 self.finished[place] = message
                 self.arrivals += 1
             if complete and not messages:
                 return [self.finished.pop(place) for place in places]
+        return []
 
     def stop(self):
         """End the actors at once: they hold nothing worth waiting for."""
-        for process in self.processes:
+        started = [process for process in self.processes if process is not None]
+        for process in started:
             process.kill()
-        for process in self.processes:
+        for process in started:
             process.join()
+
+
+def check_finite(place, values):
+    """Raise RunError with the names of those of `values`, {name: number or tensor}, that are not finite."""
+    broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    if broken:
+        raise RunError(f"not finite {place}: {', '.join(broken)}. Nothing of it is saved")
+
+
+def checkpoint(args, agent, optimizer, store, statistics, **counters):
+    """All that a run needs to go on, made of tensors, numbers and text: torch.load(weights_only=True) reads it."""
+    state = {"script": os.path.basename(__file__), "args": vars(args), "agent": agent.state_dict()}
+    state |= {"optimizer": optimizer.state_dict(), "store": vars(store), "rng": torch.get_rng_state()}
+    state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    state["statistics"] = [[torch.as_tensor(part) for part in (s.mean, s.var, s.count)] for s in statistics]
+    return state | counters
+
+
+def restore(state, agent, optimizer, store, statistics):
+    """Put back what `checkpoint` took, but for the counters."""
+    agent.load_state_dict(state["agent"])
+    optimizer.load_state_dict(state["optimizer"])
+    for name, tensor in state["store"].items():
+        getattr(store, name).copy_(tensor)
+    for s, (mean, var, count) in zip(statistics, state["statistics"], strict=True):
+        s.mean, s.var, s.count = mean.numpy(), var.numpy(), count.item()
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint, so that `path` is whole at every moment: the old one or the new. Raises RunError."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot write the checkpoint {path} ({reason}); the one before it is as it was") from None
+
+
+def load_checkpoint(path):
+    """The path of a checkpoint file, given it or its run's folder, and what is in it. Raises UsageError."""
+    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    script = os.path.basename(__file__)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        written_by = state["script"]
+    except FileNotFoundError:
+        raise UsageError(f"--resume {path}: there is no file {file}") from None
+    except Exception as error:  # corrupt files make torch raise all sorts
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UsageError(f"--resume {path}: not a checkpoint, or a corrupt one ({reason})") from None
+    if written_by != script:
+        raise UsageError(f"--resume {path}: is a checkpoint of {written_by}, not of {script}")
+    return file, state
+
+
+def resumed(args, state):
+    """Raise UsageError if a run cannot go on with these flags: only some may differ from the checkpoint's."""
+    done = f"the checkpoint is at step {state['global_step']}; type a larger number"
+    check(args, "total_timesteps", args.total_timesteps > state["global_step"], done)
+    free = {"resume", "total_timesteps", "num_actors", "cuda", "compile", "actor_nice", "learner_threads"}
+    free |= {"actor_device", "actor_timeout", "max_actor_restarts", "checkpoint_interval", "exp_name"}
+    for name, value in vars(args).items():
+        advice = f"the checkpoint's is {state['args'].get(name)}; leave the flag out, or start a new run"
+        check(args, name, name in free or value == state["args"].get(name), advice)
 
 
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
-    flags cannot work, RuntimeError if an actor or the arithmetic failed."""
+    flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
     validate(args)
-    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    folder, saved = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}", None
+    if args.resume:
+        file, saved = load_checkpoint(args.resume)
+        folder = os.path.dirname(file) or "."
+        resumed(args, saved)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the networks are small: a second thread would take a core from the actors
@@ -571,29 +732,56 @@ def train(args):
     obs_statistics = RunningMeanStd(shape=obs_size)
     reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
-    store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
     slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
     T, C = args.num_steps, args.num_envs
     fields = {"obs": torch.zeros(T + 1, C, obs_size), "actions": torch.zeros(T, C, action_size)}
     rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
-    actors = Actors(args, slots_per_actor)
 
-    writer = SummaryWriter(f"runs/{run_name}")
+    global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
+    if saved:
+        restore(saved, agent, optimizer, store, (obs_statistics, reward_scaler.statistics))
+        global_step, version = saved["global_step"], saved["version"]
+        last_returns.extend(saved["last_returns"])
+        seconds.update(saved["seconds"])
+    else:
+        store.publish(agent, 0)
+    actors = Actors(args, slots_per_actor, version)
+
+    def save():
+        counters = {"global_step": global_step, "version": version, "seconds": dict(seconds)}
+        counters["last_returns"] = [float(last) for last in last_returns]
+        state = checkpoint(args, agent, optimizer, store, (obs_statistics, reward_scaler.statistics), **counters)
+        save_checkpoint(f"{folder}/checkpoint.pt", state)
+
+    def on_signal(number, _):
+        if actors.end is not None:  # the second one
+            raise KeyboardInterrupt
+        actors.end = number
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+        handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    progress = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    global_step, version, next_line, last_returns = 0, 0, 0, deque(maxlen=100)
-    seconds = Counter()  # over the whole run
+    bar = {"total": args.total_timesteps, "initial": global_step, "unit": "step", "dynamic_ncols": True}
+    progress, next_line = tqdm(disable=not sys.stderr.isatty(), **bar), 0
     try:
         actors.start(make_agent, partial(ContinuousEnvs, args.env_id, C), store, rollouts)
-        actors.issue(newest=0)
+        actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
             # COLLECT a batch, copy it, and let its slots be filled again while we train
             asked = time.perf_counter()
-            slots, ended, waits, acts = map(list, zip(*actors.collect(batch=version), strict=True))
+            collected = actors.collect(batch=version)
+            if not collected:
+                break
+            slots, ended, waits, acts = map(list, zip(*collected, strict=True))
             learner_wait = time.perf_counter() - asked
+            for slot in slots:
+                fields = {name: getattr(rollouts, name)[slot] for name in ("obs", "rewards", "logprobs")}
+                check_finite(f"from actor {slot // slots_per_actor}, after step {global_step}", fields)
             batch = rollouts.batch(slots, device)  # [T (obs: T + 1), N, ...]
             lags = (version - rollouts.version[slots]).float()  # [R]
             for slot in slots:
@@ -628,14 +816,13 @@ def train(args):
                     loss, update = minibatch_loss(agent, args, *(row.index_select(0, mb) for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
-            if not all(map(math.isfinite, means.values())):
-                raise RuntimeError(f"not finite in the batch after step {global_step}, version {version}: {means}")
+            check_finite(f"in the batch after step {global_step}", means | dict(agent.named_parameters()))
             with torch.no_grad():
                 final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
             obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
@@ -665,6 +852,7 @@ def train(args):
                 "stats/rollout_time": sum(acts) / len(acts),
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
+                "stats/actor_restarts": actors.restarts,
             }
             episodes = [episode for part in ended for episode in part]
             if episodes:
@@ -681,24 +869,42 @@ def train(args):
             if progress.disable and now >= next_line:
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
+            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
+                save()
+        save()
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         actors.stop()
         progress.close()
         writer.close()
+    if global_step < args.total_timesteps:
+        if isinstance(actors.end, str):
+            raise RunError(f"{actors.end}; --resume {folder} goes on from step {global_step}")
+        name = signal.Signals(actors.end).name
+        print(f"{name} at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt if actors.end == signal.SIGINT else SystemExit(128 + actors.end)
     print(
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
         f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
-        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in runs/{run_name}"
+        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
     )
     return agent
 
 
 if __name__ == "__main__":
     try:
-        train(tyro.cli(Args))
+        flags = tyro.cli(Args)
+        if flags.resume:  # the checkpoint's flags are the defaults
+            saved = load_checkpoint(flags.resume)[1]["args"]
+            flags = tyro.cli(Args, default=Args(**saved | {"resume": flags.resume}))
+        train(flags)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
