@@ -517,7 +517,7 @@ class Actors:
         self.context.set_forkserver_preload(preload)
         self.arguments = arguments
         while self.starting and self.end is None:
-            self.receive()
+            self.receive(timeout=0.05)
 
     def launch(self, index):
         """Start one actor, and send it the tickets that the one before it left."""
@@ -528,8 +528,9 @@ class Actors:
         try:
             self.connections[index], theirs = self.context.Pipe()
             arguments = (self.args, index, self.generations[index], *self.arguments, theirs)
-            self.processes[index] = self.context.Process(target=actor, args=arguments, daemon=True)
-            self.processes[index].start()
+            process = self.context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True)
+            process.start()
+            self.processes[index] = process
             theirs.close()  # so that the pipe ends with the actor
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -556,43 +557,46 @@ class Actors:
         print(f"actor {index} {problem}\nstarting it again (restart {self.restarts})", file=sys.stderr, flush=True)
 
     def receive(self, timeout=math.inf):
-        """Block until actors send something, and return a list of it; empty if nothing came within `timeout` seconds,
-        or at least one actor was started or replaced, or the run must end."""
-        deadline = time.monotonic() + timeout
+        """Block until rollouts arrive, for `timeout` seconds at most, or until the run must end; returns what actors
+        sent. Starts actors that are due, and replaces those that died, failed, or have sent nothing for too long."""
+        messages, deadline = [], time.monotonic() + timeout
         while True:
-            messages, changed, now = [], False, time.monotonic()
-            for index in [index for index, due in self.due.items() if due <= now]:
+            for index in [index for index, due in self.due.items() if due <= time.monotonic()]:
                 del self.due[index]
                 self.launch(index)
-            open_connections = [connection for connection in self.connections if connection is not None]
-            for connection in wait(open_connections, max(min(0.5, deadline - now), 0)):
-                index, process = self.connections.index(connection), self.processes[self.connections.index(connection)]
+            indices = {connection: index for index, connection in enumerate(self.connections) if connection}
+            problems = {}
+            for connection in wait(list(indices), max(min(0.5, deadline - time.monotonic()), 0)):
+                index = indices[connection]
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
+                    process = self.processes[index]
                     process.join(10)
-                    code, changed = process.exitcode, True
-                    killed = code is not None and code < 0
-                    how = f"was killed by {signal.Signals(-code).name}" if killed else f"died with exit code {code}"
-                    self.replace(index, how)
+                    killed = process.exitcode is not None and process.exitcode < 0
+                    how = (
+                        f"killed by {signal.Signals(-process.exitcode).name}"
+                        if killed
+                        else f"gone ({process.exitcode})"
+                    )
+                    problems[index] = f"was {how}"
                     continue
                 self.heard[index] = time.monotonic()
-                if isinstance(message, str):
-                    self.replace(index, f"failed:\n{message}")
-                    changed = True
-                elif message is None:
+                if message is None:
                     self.starting.discard(index)
-                    changed = True
+                elif isinstance(message, str):
+                    problems[index] = f"failed:\n{message}"
                 else:
                     self.pending[index].popleft()
                     self.failures[index] = 0
                     messages.append(message)
-            for index, heard in enumerate(self.heard):
-                busy = self.connections[index] is not None and (self.pending[index] or index in self.starting)
-                if busy and time.monotonic() - heard > self.args.actor_timeout:
-                    self.replace(index, f"sent nothing for {self.args.actor_timeout:g} seconds (--actor-timeout)")
-                    changed = True
-            if messages or changed or self.end is not None or time.monotonic() >= deadline:
+            for index in indices.values():
+                busy = self.pending[index] or index in self.starting
+                if busy and time.monotonic() - self.heard[index] > self.args.actor_timeout:
+                    problems.setdefault(index, f"sent nothing for {self.args.actor_timeout:g} s (--actor-timeout)")
+            for index, problem in problems.items():
+                self.replace(index, problem)
+            if messages or self.end is not None or time.monotonic() >= deadline:
                 return messages
 
     def issue(self, newest, freed=()):
@@ -640,6 +644,27 @@ class Actors:
             process.join()
 
 
+def end_on_signals(actors):
+    """Let SIGINT and SIGTERM end the run after the batch in hand, a second one at once. Returns the old handlers."""
+
+    def on_signal(number, _):
+        if actors.end is not None:
+            raise KeyboardInterrupt
+        actors.end = number
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows it there only
+        return {}
+    return {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def leave(end, saved):
+    """Raise what ends a run that is not finished, for the reason `Actors.end`; `saved` says how to go on."""
+    if isinstance(end, str):
+        raise RunError(f"{end}; {saved}")
+    print(f"{signal.Signals(end).name}: {saved}", file=sys.stderr)
+    raise KeyboardInterrupt if end == signal.SIGINT else SystemExit(128 + end)
+
+
 def check_finite(place, values):
     """Raise RunError with the names of those of `values`, {name: number or tensor}, that are not finite."""
     broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
@@ -652,7 +677,9 @@ def checkpoint(args, agent, optimizer, store, statistics, **counters):
     state = {"script": os.path.basename(__file__), "args": vars(args), "agent": agent.state_dict()}
     state |= {"optimizer": optimizer.state_dict(), "store": vars(store), "rng": torch.get_rng_state()}
     state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    state["statistics"] = [[torch.as_tensor(part) for part in (s.mean, s.var, s.count)] for s in statistics]
+    state["statistics"] = [
+        [torch.as_tensor(part, dtype=torch.float64) for part in (s.mean, s.var, s.count)] for s in statistics
+    ]
     return state | counters
 
 
@@ -680,7 +707,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
-        reason = str(error).splitlines()[0]
+        reason = str(error.__context__ or error).splitlines()[0]  # torch hides that the disk is full behind its own
         raise RunError(f"cannot write the checkpoint {path} ({reason}); the one before it is as it was") from None
 
 
@@ -757,14 +784,7 @@ def train(args):
         state = checkpoint(args, agent, optimizer, store, (), **counters)
         save_checkpoint(f"{folder}/checkpoint.pt", state)
 
-    def on_signal(number, _):
-        if actors.end is not None:  # the second one
-            raise KeyboardInterrupt
-        actors.end = number
-
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-        handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = end_on_signals(actors)
     writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
@@ -876,11 +896,7 @@ def train(args):
         progress.close()
         writer.close()
     if global_step < args.total_timesteps:
-        if isinstance(actors.end, str):
-            raise RunError(f"{actors.end}; --resume {folder} goes on from step {global_step}")
-        name = signal.Signals(actors.end).name
-        print(f"{name} at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
-        raise KeyboardInterrupt if actors.end == signal.SIGINT else SystemExit(128 + actors.end)
+        leave(actors.end, f"--resume {folder} goes on from step {global_step}")
     print(
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
         f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "

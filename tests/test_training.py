@@ -34,10 +34,10 @@ SMALL = Args(
 )
 TAGS = {
     "charts": {"episodic_return", "episodic_length", "learning_rate", "SPS"},
-    "losses": {"policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "explained_variance"},
+    "losses": {"policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "explained_variance", "grad_norm"},
     "lag": {"versions_mean", "versions_max", "tv_backward", "tv_forward", "tv_total", "ess"},
     "filter": {"gate_open", "dropped"},
-    "stats": {"actor_wait", "learner_wait", "rollout_time", "update_time", "queue_size"},
+    "stats": {"actor_wait", "learner_wait", "rollout_time", "update_time", "queue_size", "actor_restarts"},
 }
 
 
@@ -292,12 +292,6 @@ def test_waiting_is_the_time_in_collect(monkeypatch):
     np.testing.assert_allclose(curves["charts/SPS"], expected, rtol=1e-6)
 
 
-def test_a_result_that_is_not_finite_stops_the_run():
-    with pytest.raises(RuntimeError, match="not finite"):
-        train(replace(SMALL, learning_rate=1e12, max_grad_norm=1e12))
-    assert not mp.active_children()
-
-
 def test_no_filter_drops_nothing_and_a_budget_of_zero_drops_much():
     train(replace(SMALL, filter=False, tv_threshold=0.0))
     curves = read_curves(".")
@@ -326,28 +320,6 @@ def test_actors_are_as_nice_as_asked_with_all_their_threads(monkeypatch):
 def test_any_continuous_task_runs(env_id):
     agent = train(replace(SMALL, env_id=env_id, total_timesteps=500))
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
-
-
-def test_a_dead_actor_ends_the_run_and_is_named():
-    def kill_one():
-        while not mp.active_children():
-            time.sleep(0.01)
-        time.sleep(0.5)
-        os.kill(mp.active_children()[-1].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with pytest.raises(RuntimeError, match=r"actor \d died, exit code -9"):
-        train(replace(SMALL, total_timesteps=10_000_000))
-    killer.join()
-    assert not mp.active_children()
-
-
-def test_an_actors_exception_ends_the_run_with_its_traceback(monkeypatch):
-    monkeypatch.setattr(vaco_async_mujoco, "continuous_sizes", lambda env_id: (5, 1))  # the pendulum has 4
-    with pytest.raises(RuntimeError, match=r"(?s)actor \d failed:.*Traceback.*could not broadcast"):
-        train(SMALL)
-    assert not mp.active_children()
 
 
 def heeds(pid, signum):

@@ -1,0 +1,420 @@
+"""Nothing is lost: actors that die, signals, checkpoints, broken files and numbers."""
+
+import math
+import multiprocessing as mp
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, processes_of_session, read_curves
+
+import impala_baseline
+import ppo_async_baseline
+import vaco_async_atari
+import vaco_async_mujoco
+from vaco_async_mujoco import Actors, Args, ContinuousEnvs, RunError, UsageError, load_checkpoint, train
+
+COMMON = {
+    "env_id": "InvertedPendulum-v4",
+    "total_timesteps": 2500,
+    "num_actors": 2,
+    "num_envs": 4,
+    "num_steps": 16,
+    "rollouts_per_batch": 2,
+    "num_minibatches": 4,
+    "update_epochs": 2,
+    "lag_schedule": "mixture",
+    "lag": 3,
+}
+SMALL = Args(**COMMON)
+SCRIPTS = [vaco_async_mujoco, vaco_async_atari, ppo_async_baseline, impala_baseline]
+SHELL = [f"--{name.replace('_', '-')}={value}" for name, value in COMMON.items() if name != "total_timesteps"]
+
+
+def small(script, **flags):
+    """Flags for a short run of a script."""
+    if script is vaco_async_atari:
+        flags = {"env_id": "Breakout-v5", "num_minibatches": 2, "total_timesteps": 1000} | flags
+    return script.Args(**COMMON | flags)
+
+
+def actors_alive():
+    return [process for process in mp.active_children() if process.name.startswith("actor")]
+
+
+class InBackground(threading.Thread):
+    """Does `deed` once some actors are alive for a moment, then again and again until told that it is over."""
+
+    def __init__(self, deed, pause=0.5, once=False):
+        super().__init__()
+        self.deed, self.pause, self.once, self.over, self.deeds = deed, pause, once, threading.Event(), 0
+        self.start()
+
+    def run(self):
+        while not self.over.wait(self.pause):
+            if actors_alive():
+                try:
+                    self.deed(random.choice(actors_alive()).pid)
+                    self.deeds += 1
+                except (ProcessLookupError, IndexError):  # the run has just ended
+                    continue
+                if self.once:
+                    return
+
+    def stop(self):
+        self.over.set()
+        self.join()
+        return self.deeds
+
+
+def assert_all_end(session, seconds=5):
+    deadline = time.monotonic() + seconds
+    while processes_of_session(session) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of_session(session)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_actor_is_reported_and_replaced(capsys):
+    killer = InBackground(kill, once=True)
+    train(replace(SMALL, total_timesteps=25_000))
+    assert killer.stop() == 1
+    assert re.search(r"actor \d was killed by SIGKILL\nstarting it again \(restart 1\)", capsys.readouterr().err)
+    assert max(read_curves(".")["stats/actor_restarts"]) == 1
+    assert not mp.active_children()
+
+
+def test_a_stuck_actor_is_replaced(capsys):
+    stopper = InBackground(lambda pid: os.kill(pid, signal.SIGSTOP), once=True)
+    train(replace(SMALL, total_timesteps=30_000, actor_timeout=3.0))
+    assert stopper.stop() == 1
+    assert "sent nothing for 3 s (--actor-timeout)" in capsys.readouterr().err
+    assert not mp.active_children()
+
+
+class Failing(ContinuousEnvs):
+    def step(self, actions):
+        if np.random.default_rng().random() < 0.02:
+            raise ValueError("the simulator exploded")
+        return super().step(actions)
+
+
+def test_actors_that_fail_again_and_again_end_the_run_with_a_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(vaco_async_mujoco, "ContinuousEnvs", Failing)
+    with pytest.raises(RunError) as caught:
+        train(replace(SMALL, total_timesteps=10**7, max_actor_restarts=3))
+    assert re.search(r"(?s)actor \d failed:.*Traceback.*the simulator exploded", str(caught.value))
+    assert "one more than --max-actor-restarts 3; --resume runs/" in str(caught.value)
+    assert capsys.readouterr().err.count("starting it again") == 3
+    assert not mp.active_children()
+    (run,) = Path("runs").iterdir()
+    monkeypatch.setattr(vaco_async_mujoco, "ContinuousEnvs", ContinuousEnvs)
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+    train(replace(SMALL, total_timesteps=step + 1000, max_actor_restarts=0, resume=str(run)))
+
+
+class Counting(ContinuousEnvs):
+    """Observations say which process made them and at which step: [process, step, ...]."""
+
+    count = 0
+
+    def mark(self):
+        self.obs[:, 0], self.obs[:, 1] = os.getpid(), self.count
+
+    def write_obs(self, out, t):
+        self.mark()
+        super().write_obs(out, t)
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.count += 1
+        self.mark()
+        return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["async", "mixture"])
+def test_every_batch_is_whole_while_actors_are_killed_all_the_time(schedule, monkeypatch):
+    """For half a minute per schedule, an actor is killed every second."""
+    batches, batch_of = [], vaco_async_mujoco.Rollouts.batch
+
+    def recorded_batch(self, slots, device):
+        batch = batch_of(self, slots, device)
+        batches.append((self.obs[slots].clone(), self.version[slots].clone(), int(batch.valid.sum())))
+        return batch
+
+    monkeypatch.setattr(vaco_async_mujoco, "ContinuousEnvs", Counting)
+    monkeypatch.setattr(vaco_async_mujoco.Rollouts, "batch", recorded_batch)
+    killer, begun = InBackground(kill, pause=1.0), time.monotonic()
+    lag = 3 if schedule == "mixture" else 0
+    args = replace(SMALL, num_actors=4, lag_schedule=schedule, lag=lag, max_actor_restarts=10_000)
+    monkeypatch.setattr(Actors, "receive", stopping_after(30, Actors.receive))
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(args, total_timesteps=10**9, num_envs=64, num_steps=64, num_minibatches=32))
+    assert time.monotonic() - begun < 60
+    kills = killer.stop()
+    assert kills >= 10
+    for obs, _, _ in batches:  # [R, T + 1, C, D]
+        pids, counts = obs[..., 0].flatten(1), obs[..., 1, None].squeeze(-1)
+        assert (pids == pids[:, :1]).all()  # each slot by one process
+        assert (counts.diff(dim=1) == 1).all()  # every step once, in order
+    curves, steps = read_curves("."), read_curves(".", field="step")
+    assert max(curves["stats/actor_restarts"]) >= kills - 3
+    assert steps["charts/SPS"] == list(np.cumsum([valid for *_, valid in batches]))
+    for v, (_, versions, _) in enumerate(batches):
+        assert (versions <= v).all() and (schedule == "async" or (versions >= v - lag).all())
+
+
+def stopping_after(seconds, receive):
+    """`Actors.receive` that ends the run as Ctrl-C does."""
+    begun = []
+
+    def wrapped(self, *args, **kwargs):
+        begun.append(time.monotonic())
+        if time.monotonic() - begun[0] > seconds:
+            self.end = signal.SIGINT
+        return receive(self, *args, **kwargs)
+
+    return wrapped
+
+
+def same(one, other):
+    """Whether two checkpoints, or parts of them, are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_checkpoint_has_all_that_training_needs(script, monkeypatch):
+    """A run that is stopped after batch 3 and one that goes on have the same state there; with the same data, the
+    resumed run makes the same batch 4 of it, bit for bit: targets, policy, optimiser, random numbers, lag."""
+    saved, data, save_checkpoint, collect = {}, {}, script.save_checkpoint, script.Actors.collect
+
+    def recorded_save(path, state):
+        save_checkpoint(path, state)
+        saved[recording, state["version"]] = torch.load(path, weights_only=True)
+
+    def recorded_collect(self, batch):
+        if recording == "part" and batch == 3:
+            self.end = signal.SIGINT  # as Ctrl-C sets it
+        messages, rollouts = collect(self, batch), self.arguments[3]
+        slots = [message[0] for message in messages]
+        versions = rollouts.version[slots].clone()
+        if recording == "whole":
+            data[batch] = {name: tensor[slots].clone() for name, tensor in vars(rollouts).items()}
+        elif messages and batch in data:
+            assert torch.equal(versions, data[batch]["version"])  # the lag goes on as it was
+            for name, tensor in vars(rollouts).items():
+                tensor[slots] = data[batch][name]
+        return messages
+
+    monkeypatch.setattr(script, "save_checkpoint", recorded_save)
+    monkeypatch.setattr(script.Actors, "collect", recorded_collect)
+    if script is not vaco_async_atari:  # what running returns are left of cut episodes is lost, on purpose
+        monkeypatch.setattr(script.RewardScaler, "update", lambda self, actor, rollout: None)
+    extra = {"objective": "kl"} if script is ppo_async_baseline else {}
+    args = small(script, total_timesteps=700, checkpoint_interval=1, **extra)
+    recording = "whole"
+    script.train(args)
+    whole = Path("runs").rename("whole")
+    recording = "part"
+    with pytest.raises(KeyboardInterrupt):
+        script.train(args)
+    (run,) = Path("runs").iterdir()
+    recording = "resumed"
+    script.train(replace(args, resume=str(run)))
+    shutil.rmtree(whole)
+    ignored = {"seconds", "args", "last_returns"}
+    assert len(data) > 4
+    for version in range(4, 6):
+        assert ("resumed", version) in saved, saved.keys()
+        for part in saved["whole", version].keys() - ignored:
+            assert same(saved["whole", version][part], saved["resumed", version][part]), (version, part)
+    assert same(saved["whole", 3]["agent"], saved["part", 3]["agent"])
+    steps = read_curves(".", field="step")["charts/SPS"]
+    assert len(steps) == len(set(steps)) == len(data)  # one folder, one curve
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The run folder of a short run with its checkpoint."""
+    folder, before = tmp_path_factory.mktemp("run"), os.getcwd()
+    os.chdir(folder)
+    train(replace(SMALL, total_timesteps=300))
+    os.chdir(before)
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def test_what_may_change_and_what_may_not_when_a_run_goes_on(checkpoint):
+    run = Path(shutil.copytree(checkpoint, "copy"))
+    args = replace(SMALL, resume=str(run), total_timesteps=900)
+    agent = train(replace(args, num_actors=3, max_actor_restarts=1, actor_timeout=50.0, actor_nice=1))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    assert load_checkpoint(str(run))[1]["global_step"] >= 900
+    wrong = {"env_id": "Hopper-v4", "lag": 4, "num_envs": 8, "gamma": 0.9, "seed": 2, "total_timesteps": 200}
+    for name, value in wrong.items():
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: the checkpoint"):
+            train(replace(args, **{"total_timesteps": 5000} | {name: value}))
+
+
+def broken_files(checkpoint):
+    whole = (checkpoint / "checkpoint.pt").read_bytes()
+    Path("empty").write_bytes(b"")
+    Path("cut").write_bytes(whole[: len(whole) // 2])
+    Path("text").write_text("step,return\n1,2\n")
+    torch.save({"model": torch.zeros(2)}, "foreign")
+    torch.save({"script": "vaco_async_atari.py"}, "sibling")
+    torch.save(Args(), "code")  # would run code if it were loaded
+    Path("folder").mkdir()
+    return ["empty", "cut", "text", "foreign", "code", "folder", "nowhere", "sibling"]
+
+
+def test_files_that_are_no_checkpoint_are_one_line(checkpoint):
+    for name in broken_files(checkpoint):
+        with pytest.raises(UsageError) as caught:
+            train(replace(SMALL, resume=name))
+        message = str(caught.value)
+        assert message.startswith(f"--resume {name}: ") and "\n" not in message and len(message) < 250, message
+    assert "is a checkpoint of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
+    assert not mp.active_children()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(checkpoint):
+    """A limit on the size of files acts as a disk that is full in the middle of the write."""
+    run = Path(shutil.copytree(checkpoint, "copy"))
+    before = (run / "checkpoint.pt").read_bytes()
+    limit = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv = sys.argv[1:]; "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", limit, str(REPOSITORY / "vaco_async_mujoco.py"), "--resume", str(run)]
+    done = subprocess.run([*command, "--total-timesteps", "900"], capture_output=True, text=True)
+    assert done.returncode == 1
+    expected = (
+        "error: cannot write the checkpoint copy/checkpoint.pt ([Errno 27] File too large); the one before it is "
+    )
+    assert done.stderr == f"{expected}as it was\n"
+    assert (run / "checkpoint.pt").read_bytes() == before and not (run / "checkpoint.pt.tmp").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_signals_save_and_leave(script, number, times):
+    flags = [flag for flag in SHELL if script is not vaco_async_atari or "env-id" not in flag]
+    command = [sys.executable, REPOSITORY / f"{script.__name__}.py", *flags, "--total-timesteps", "1000000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits that it ignores Ctrl-C
+    shared = set(os.listdir("/dev/shm"))
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as program:
+        assert program.stdout.readline().startswith("step ")
+        time.sleep(1)
+        begun = time.monotonic()
+        for _ in range(times):
+            os.killpg(program.pid, number)  # a terminal's and a scheduler's signals reach all processes
+            time.sleep(0.001)
+        _, errors = program.communicate(timeout=30)
+        assert time.monotonic() - begun < 10
+        assert program.returncode == 128 + number and "Traceback" not in errors, errors
+    assert_all_end(program.pid)
+    assert set(os.listdir("/dev/shm")) <= shared
+    (run,) = Path("runs").iterdir()
+    if times == 1:
+        step = int(re.search(rf"{number.name}: --resume runs/\S+ goes on from step (\d+)", errors)[1])
+        assert torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] == step > 0
+        assert max(read_curves(".", field="step")["charts/SPS"]) == step  # logs are flushed
+
+
+class Slow(ContinuousEnvs):
+    def step(self, actions):
+        time.sleep(1)
+        return super().step(actions)
+
+
+def test_actors_leave_with_the_learner_from_the_middle_of_a_rollout():
+    code = "import test_faults as t; t.vaco_async_mujoco.ContinuousEnvs = t.Slow; "
+    code += "print('go', flush=True); t.train(t.SMALL)"
+    command = [sys.executable, "-c", f"if __name__ == '__main__':\n    {code}"]
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+    pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as program:
+        assert program.stdout.readline() == "go\n"
+        deadline = time.monotonic() + 60
+        while len(processes_of_session(program.pid)) < 5 and time.monotonic() < deadline:  # with tracker and server
+            time.sleep(0.1)
+        time.sleep(5)  # in the midst of 16 slow steps
+        program.kill()
+    assert_all_end(program.pid)
+
+
+class BadReward(ContinuousEnvs):
+    value = np.nan
+
+    def step(self, actions):
+        rewards, *others = super().step(actions)
+        bad = np.random.default_rng().random(rewards.shape) < 0.001
+        return np.where(bad, self.value, rewards), *others
+
+
+class BadObs(ContinuousEnvs):
+    def step(self, actions):
+        result = super().step(actions)
+        self.obs[np.random.default_rng().random(self.obs.shape) < 0.0005] = np.inf
+        return result
+
+
+@pytest.mark.parametrize(("envs", "name"), [(BadReward, "rewards"), (BadObs, "obs")])
+def test_data_that_is_not_finite_is_named_with_its_actor(envs, name, monkeypatch):
+    monkeypatch.setattr(vaco_async_mujoco, "ContinuousEnvs", envs)
+    with pytest.raises(RunError, match=rf"not finite from actor \d, after step \d+: {name}"):
+        train(replace(SMALL, total_timesteps=10**6, checkpoint_interval=1))
+    for state in [torch.load(path, weights_only=True) for path in Path("runs").glob("*/checkpoint.pt")]:
+        assert all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_results_that_are_not_finite_are_named_and_neither_published_nor_saved(script, monkeypatch):
+    published, publish = [], script.PolicyStore.publish
+    monkeypatch.setattr(
+        script.PolicyStore, "publish", lambda self, agent, v: published.append(v) or publish(self, agent, v)
+    )
+    saved, norm, steps = [], torch.nn.utils.clip_grad_norm_, []
+
+    def breaking_norm(parameters, limit):
+        parameters = list(parameters)
+        steps.append(len(published))
+        if len(published) == 3:  # versions 0, 1 and 2 are out
+            parameters[0].grad.fill_(math.nan)
+        return norm(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaking_norm)
+    save_checkpoint = script.save_checkpoint
+    monkeypatch.setattr(
+        script, "save_checkpoint", lambda path, state: saved.append(state["version"]) or save_checkpoint(path, state)
+    )
+    with pytest.raises(script.RunError, match=r"not finite in the batch after step \d+: .*losses/grad_norm, "):
+        script.train(small(script, checkpoint_interval=1))
+    assert published == [0, 1, 2] and saved == [1, 2]
+    (run,) = Path("runs").iterdir()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["version"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
