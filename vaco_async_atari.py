@@ -535,8 +535,9 @@ class Actors:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         self.heard[index] = time.monotonic()
-        for ticket in self.pending[index]:
-            self.connections[index].send(ticket)
+        with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
+            for ticket in self.pending[index]:
+                self.connections[index].send(ticket)
 
     def replace(self, index, problem):
         """Report what is wrong with an actor, and set the time for its successor, or the end of the run."""
@@ -573,13 +574,9 @@ class Actors:
                 except (EOFError, OSError):
                     process = self.processes[index]
                     process.join(10)
-                    killed = process.exitcode is not None and process.exitcode < 0
-                    how = (
-                        f"killed by {signal.Signals(-process.exitcode).name}"
-                        if killed
-                        else f"gone ({process.exitcode})"
-                    )
-                    problems[index] = f"was {how}"
+                    code = process.exitcode or 0
+                    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    problems[index] = f"has died ({name})"
                     continue
                 self.heard[index] = time.monotonic()
                 if message is None:
@@ -784,12 +781,12 @@ def train(args):
         state = checkpoint(args, agent, optimizer, store, (), **counters)
         save_checkpoint(f"{folder}/checkpoint.pt", state)
 
-    handlers = end_on_signals(actors)
     writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     bar = {"total": args.total_timesteps, "initial": global_step, "unit": "step", "dynamic_ncols": True}
     progress, next_line = tqdm(disable=not sys.stderr.isatty(), **bar), 0
+    handlers = end_on_signals(actors)
     try:
         actors.start(partial(make_agent, args.actor_device), make_envs, store, rollouts)
         actors.issue(newest=version)

@@ -94,7 +94,7 @@ def test_a_killed_actor_is_reported_and_replaced(capsys):
     killer = InBackground(kill, once=True)
     train(replace(SMALL, total_timesteps=25_000))
     assert killer.stop() == 1
-    assert re.search(r"actor \d was killed by SIGKILL\nstarting it again \(restart 1\)", capsys.readouterr().err)
+    assert re.search(r"actor \d has died \(SIGKILL\)\nstarting it again \(restart 1\)", capsys.readouterr().err)
     assert max(read_curves(".")["stats/actor_restarts"]) == 1
     assert not mp.active_children()
 
