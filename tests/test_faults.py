@@ -317,8 +317,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(checkpoint):
     assert (run / "checkpoint.pt").read_bytes() == before and not (run / "checkpoint.pt.tmp").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("script", "number", "times"),
+    [(vaco_async_mujoco, signal.SIGINT, 1), (vaco_async_mujoco, signal.SIGINT, 2)]
+    + [(script, signal.SIGTERM, 1) for script in SCRIPTS],
+    ids=lambda part: getattr(part, "__name__", str(part)),
+)
 def test_signals_save_and_leave(script, number, times):
     flags = [flag for flag in SHELL if script is not vaco_async_atari or "env-id" not in flag]
     command = [sys.executable, REPOSITORY / f"{script.__name__}.py", *flags, "--total-timesteps", "1000000"]
