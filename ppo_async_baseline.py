@@ -20,6 +20,7 @@ with old versions of the policy (*policy lag*); advantages are GAE on the learne
 import contextlib
 import ctypes
 import difflib
+import io
 import itertools
 import math
 import multiprocessing as mp
@@ -32,6 +33,7 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from functools import partial
@@ -556,17 +558,18 @@ class Rollouts:
         return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
 
 
-def actor(args, index, generation, make_agent, make_envs, store, rollouts, learner):
-    """An actor process: for every ticket, load one policy version and fill one slot with it.
+def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts, learner):
+    """An actor process: after a pause, for every ticket, load one policy version and fill one slot with it.
 
     Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
     [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
     """
+    torch.set_num_threads(1)
+    os.nice(args.actor_nice)
     # Leave with the learner, however it ends, also from the middle of a rollout
     learner_ends = [mp.parent_process().sentinel]
     threading.Thread(target=lambda: wait(learner_ends) and os._exit(1), daemon=True).start()
-    torch.set_num_threads(1)
-    os.nice(args.actor_nice)
+    time.sleep(pause)
     warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
     try:
         seed, fresh = actor_seed(args, index, generation), True
@@ -590,7 +593,7 @@ def actor(args, index, generation, make_agent, make_envs, store, rollouts, learn
     except (EOFError, ConnectionError):
         pass  # the learner is gone
     except Exception:
-        learner.send(traceback.format_exc())
+        learner.send(f"has failed:\n{traceback.format_exc()}")
 
 
 def actor_seed(args, index, generation=0):
@@ -622,126 +625,122 @@ class Actors:
     that nothing depends on timing; async, of the R that were finished first.
 
     An actor that dies, fails or gets stuck is replaced by one with fresh environments, which collects from the start
-    what was asked for and not delivered. `end` says why the run must end, if it must: the number of a signal, or what
-    went wrong.
+    what was asked for and not delivered. `end` is what must end the run, if anything must: an exception.
     """
 
     def __init__(self, args, slots_per_actor, version=0):
         N, done = args.num_actors, version * args.rollouts_per_batch  # rollouts of the batches before `version`
-        self.args, self.slots_per_actor, self.arrivals, self.restarts, self.end = args, slots_per_actor, done, 0, None
+        self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, done
+        self.first_version, self.restarts, self.end, self.handlers = version, 0, None, {}
         self.issued = [len(range(index, done, N)) for index in range(N)]  # tickets given to each actor so far
         self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
         self.finished = {}  # place in the order of training -> what the actor sent
-        self.processes, self.connections, self.pending = [None] * N, [None] * N, [deque() for _ in range(N)]
-        self.generations, self.failures = [version] * N, [0] * N  # failures: since the last rollout
-        self.due, self.heard = dict.fromkeys(range(N), 0.0), [0.0] * N  # when to start it; when it last did something
-        self.starting = set(range(N))
+        self.processes, self.connections = {}, {}  # by the actor's index
+        self.owed = [deque() for _ in range(N)]  # what each actor has to answer: None, to be ready, and tickets
+        self.heard = [0.0] * N  # when each last sent something, or got something to do
+        self.failures = [0] * N  # of each since its last rollout
 
     def start(self, *arguments):
-        """Start the actors, with the arguments of `actor` from make_agent on, and block until all are ready."""
+        """Start the actors, with the arguments of `actor` from make_agent on, and block until all are ready. Until
+        `stop`, signals end the run in good order."""
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         preload = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"]
         self.context.set_forkserver_preload(preload)
         self.arguments = arguments
-        while self.starting and self.end is None:
-            self.receive(timeout=0.05)
+        if threading.current_thread() is threading.main_thread():  # Python allows it there only
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)
+            self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        for index in range(self.args.num_actors):
+            self.launch(index)
+        while any(self.owed) and not self.end:
+            self.receive(timeout=0.5)
 
-    def launch(self, index):
-        """Start one actor, and send it the tickets that the one before it left."""
+    def on_signal(self, number, _):
+        """End the run after the batch in hand; at the second signal at once."""
+        if number == signal.SIGCONT:  # the job was suspended: that actors sent nothing for long means nothing
+            self.heard = [time.perf_counter()] * len(self.heard)
+            return
+        end = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        if self.end:
+            raise end
+        self.end = end
+
+    def launch(self, index, pause=0):
+        """Start an actor, which waits for `pause` seconds first, and send it the tickets that its predecessor left."""
         # Ctrl-C, and a scheduler's SIGTERM, can reach every process: actors inherit that they leave them to the
         # learner. The resource tracker must run before, because starting it would lift the block
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self.connections[index], theirs = self.context.Pipe()
-            arguments = (self.args, index, self.generations[index], *self.arguments, theirs)
+            arguments = (self.args, index, self.first_version + self.restarts, pause, *self.arguments, theirs)
             process = self.context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True)
             process.start()
             self.processes[index] = process
             theirs.close()  # so that the pipe ends with the actor
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        self.heard[index] = time.monotonic()
+        tickets = [ticket for ticket in self.owed[index] if ticket]
         with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
-            for ticket in self.pending[index]:
+            for ticket in tickets:
                 self.connections[index].send(ticket)
+        self.owed[index], self.heard[index] = deque([None, *tickets]), time.perf_counter() + pause
 
     def replace(self, index, problem):
-        """Report what is wrong with an actor, and set the time for its successor, or the end of the run."""
+        """Report what is wrong with an actor and start its successor, or let the run end."""
         self.processes[index].kill()
         self.processes[index].join()
-        self.connections[index].close()
-        self.connections[index], self.restarts = None, self.restarts + 1
-        self.starting.add(index)
-        self.generations[index] += 1
+        self.restarts += 1
         self.failures[index] += 1
-        # At once for the first time, then after 1, 2, 4, ... 16 seconds, until it delivers
-        pause = 2.0 ** min(self.failures[index] - 2, 4) if self.failures[index] > 1 else 0
-        self.due[index] = time.monotonic() + pause
         if self.restarts > self.args.max_actor_restarts:
-            limit = f"--max-actor-restarts {self.args.max_actor_restarts}"
-            self.end = f"actor {index} {problem}\nThat was one more than {limit}"
+            self.end = self.end or RunError(f"actor {index} {problem}\nThis is more than --max-actor-restarts allows")
             return
-        print(f"actor {index} {problem}\nstarting it again (restart {self.restarts})", file=sys.stderr, flush=True)
+        pause = min(2 ** (self.failures[index] - 1) - 1, 15)  # 0, 1, 3, 7, 15, 15, ... until it delivers
+        print(f"actor {index} {problem}\nrestart {self.restarts}, in {pause} s", file=sys.stderr, flush=True)
+        self.launch(index, pause)
 
-    def receive(self, timeout=math.inf):
-        """Block until rollouts arrive, for `timeout` seconds at most, or until the run must end; returns what actors
-        sent. Starts actors that are due, and replaces those that died, failed, or have sent nothing for too long."""
-        messages, deadline = [], time.monotonic() + timeout
-        while True:
-            for index in [index for index, due in self.due.items() if due <= time.monotonic()]:
-                del self.due[index]
-                self.launch(index)
-            indices = {connection: index for index, connection in enumerate(self.connections) if connection}
-            problems = {}
-            for connection in wait(list(indices), max(min(0.5, deadline - time.monotonic()), 0)):
-                index = indices[connection]
+    def receive(self, timeout):
+        """Wait for `timeout` seconds, or until actors send something; returns what came about rollouts. Replaces actors
+        that have died, failed, or sent nothing for too long."""
+        ready, now, messages = wait(self.connections.values(), timeout), time.perf_counter(), []
+        for index, connection in self.connections.items():
+            if connection in ready:
+                self.heard[index] = now
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    process = self.processes[index]
-                    process.join(10)
-                    code = process.exitcode or 0
-                    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                    problems[index] = f"has died ({name})"
-                    continue
-                self.heard[index] = time.monotonic()
-                if message is None:
-                    self.starting.discard(index)
-                elif isinstance(message, str):
-                    problems[index] = f"failed:\n{message}"
-                else:
-                    self.pending[index].popleft()
-                    self.failures[index] = 0
-                    messages.append(message)
-            for index in indices.values():
-                busy = self.pending[index] or index in self.starting
-                if busy and time.monotonic() - self.heard[index] > self.args.actor_timeout:
-                    problems.setdefault(index, f"sent nothing for {self.args.actor_timeout:g} s (--actor-timeout)")
-            for index, problem in problems.items():
-                self.replace(index, problem)
-            if messages or self.end is not None or time.monotonic() >= deadline:
-                return messages
+                    self.processes[index].join(10)
+                    code = self.processes[index].exitcode or 0
+                    message = f"has died: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+            elif self.owed[index] and now - self.heard[index] > self.args.actor_timeout:
+                message = f"has sent nothing for {self.args.actor_timeout:g} s (--actor-timeout)"
+            else:
+                continue
+            if isinstance(message, str):
+                self.replace(index, message)
+            elif self.owed[index].popleft():  # else it is ready
+                self.failures[index] = 0
+                messages.append(message)
+        return messages
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
         slots that have been copied and may be filled again."""
         for slot in freed:
             self.rollout_in.pop(slot)
-        for index, connection in enumerate(self.connections):
+        for index, connection in self.connections.items():
             while True:
                 rollout = index + self.issued[index] * self.args.num_actors
                 slot = index * self.slots_per_actor + self.issued[index] % self.slots_per_actor
                 version = ticket_version(self.args, rollout)
                 if slot in self.rollout_in or version > newest:
                     break
-                if not self.pending[index]:
-                    self.heard[index] = time.monotonic()
-                self.pending[index].append((slot, version))
-                if connection is not None:
-                    with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
-                        connection.send((slot, version))
+                if not self.owed[index]:
+                    self.heard[index] = time.perf_counter()
+                self.owed[index].append((slot, version))
+                with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
+                    connection.send((slot, version))
                 self.rollout_in[slot] = rollout
                 self.issued[index] += 1
 
@@ -749,9 +748,9 @@ class Actors:
         """Block until the rollouts of a batch are there; returns what actors sent, in the order of training. Returns
         nothing if the run must end."""
         places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
-        while self.end is None:
+        while not self.end:
             complete = all(place in self.finished for place in places)
-            messages = self.receive(timeout=0 if complete else math.inf)
+            messages = self.receive(timeout=0 if complete else 0.5)
             for message in messages:
                 place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
                 self.finished[place] = message
@@ -762,106 +761,83 @@ class Actors:
 
     def stop(self):
         """End the actors at once: they hold nothing worth waiting for."""
-        started = [process for process in self.processes if process is not None]
-        for process in started:
+        for process in self.processes.values():
             process.kill()
-        for process in started:
+        for process in self.processes.values():
             process.join()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
-def end_on_signals(actors):
-    """Let SIGINT and SIGTERM end the run after the batch in hand, a second one at once. Returns the old handlers."""
-
-    def on_signal(number, _):
-        if actors.end is not None:
-            raise KeyboardInterrupt
-        actors.end = number
-
-    if threading.current_thread() is not threading.main_thread():  # Python allows it there only
-        return {}
-    return {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
-def leave(end, saved):
-    """Raise what ends a run that is not finished, for the reason `Actors.end`; `saved` says how to go on."""
-    if isinstance(end, str):
-        raise RunError(f"{end}; {saved}")
-    print(f"{signal.Signals(end).name}: {saved}", file=sys.stderr)
-    raise KeyboardInterrupt if end == signal.SIGINT else SystemExit(128 + end)
-
-
-def check_finite(place, values):
-    """Raise RunError with the names of those of `values`, {name: number or tensor}, that are not finite."""
+def check_finite(place, values, folder):
+    """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
     broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
     if broken:
-        raise RunError(f"not finite {place}: {', '.join(broken)}. Nothing of it is saved")
+        kept = f"{folder}/checkpoint.pt"
+        kept = kept if os.path.exists(kept) else "there is none"
+        raise RunError(f"not finite {place}: {', '.join(broken)}; the last good checkpoint: {kept}")
 
 
-def checkpoint(args, agent, optimizer, store, statistics, **counters):
-    """All that a run needs to go on, made of tensors, numbers and text: torch.load(weights_only=True) reads it."""
-    state = {"script": os.path.basename(__file__), "args": vars(args), "agent": agent.state_dict()}
-    state |= {"optimizer": optimizer.state_dict(), "store": vars(store), "rng": torch.get_rng_state()}
-    state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    state["statistics"] = [
-        [torch.as_tensor(part, dtype=torch.float64) for part in (s.mean, s.var, s.count)] for s in statistics
-    ]
-    return state | counters
+def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
+    """Write all that a run needs to go on to `folder`/checkpoint.pt, which is whole at every moment: the old one or the
+    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. Raises RunError."""
+    state = {"script": os.path.basename(__file__), "args": vars(args), "rng": torch.get_rng_state()}
+    state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
+    state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
+    content, path = io.BytesIO(), f"{folder}/checkpoint.pt"
+    torch.save(state | counters, content)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise RunError(f"cannot write {path} ({error.strerror}); the one before it is as it was") from None
+
+
+def load_checkpoint(path):
+    """A run's folder and the content of its checkpoint, given the folder or the file. Raises UsageError."""
+    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    script = os.path.basename(__file__)
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch compares no checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["script"] == script:
+            state["args"] = Args(**state["args"])
+    except Exception as error:  # files that are no checkpoints make torch raise all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise UsageError(f"--resume {path}: no checkpoint that can be read, type a run's folder ({reason})") from None
+    if state["script"] != script:
+        raise UsageError(f"--resume {path}: a checkpoint of {state['script']}, not of {script}")
+    return os.path.dirname(file) or ".", state
 
 
 def restore(state, agent, optimizer, store, statistics):
-    """Put back what `checkpoint` took, but for the counters."""
+    """Put back what `save_checkpoint` took, but for the counters."""
+    torch.set_rng_state(state["rng"])
     agent.load_state_dict(state["agent"])
     optimizer.load_state_dict(state["optimizer"])
     for name, tensor in state["store"].items():
         getattr(store, name).copy_(tensor)
-    for s, (mean, var, count) in zip(statistics, state["statistics"], strict=True):
-        s.mean, s.var, s.count = mean.numpy(), var.numpy(), count.item()
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    for s, saved in zip(statistics, state["statistics"], strict=True):
+        vars(s).update({name: tensor.numpy() for name, tensor in saved.items()})
 
 
-def save_checkpoint(path, state):
-    """Write a checkpoint, so that `path` is whole at every moment: the old one or the new. Raises RunError."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
-        reason = str(error.__context__ or error).splitlines()[0]  # torch hides that the disk is full behind its own
-        raise RunError(f"cannot write the checkpoint {path} ({reason}); the one before it is as it was") from None
-
-
-def load_checkpoint(path):
-    """The path of a checkpoint file, given it or its run's folder, and what is in it. Raises UsageError."""
-    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    script = os.path.basename(__file__)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        written_by = state["script"]
-    except FileNotFoundError:
-        raise UsageError(f"--resume {path}: there is no file {file}") from None
-    except Exception as error:  # corrupt files make torch raise all sorts
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UsageError(f"--resume {path}: not a checkpoint, or a corrupt one ({reason})") from None
-    if written_by != script:
-        raise UsageError(f"--resume {path}: is a checkpoint of {written_by}, not of {script}")
-    return file, state
-
-
-def resumed(args, state):
-    """Raise UsageError if a run cannot go on with these flags: only some may differ from the checkpoint's."""
-    done = f"the checkpoint is at step {state['global_step']}; type a larger number"
-    check(args, "total_timesteps", args.total_timesteps > state["global_step"], done)
-    free = {"resume", "total_timesteps", "num_actors", "cuda", "compile", "actor_nice", "learner_threads"}
-    free |= {"actor_device", "actor_timeout", "max_actor_restarts", "checkpoint_interval", "exp_name"}
-    for name, value in vars(args).items():
-        advice = f"the checkpoint's is {state['args'].get(name)}; leave the flag out, or start a new run"
-        check(args, name, name in free or value == state["args"].get(name), advice)
+def check_resume(args, state):
+    """Raise UsageError if a run cannot go on with these flags: those that are not on the use of the machine must be the
+    checkpoint's."""
+    advice = f"the checkpoint is at step {state['global_step']}; type a larger number"
+    check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
+    free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
+    free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
+    for name, before in vars(state["args"]).items():
+        advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
+        check(args, name, name in free or getattr(args, name) == before, advice)
 
 
 def train(args):
@@ -869,11 +845,10 @@ def train(args):
     flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
     args = replace(args)  # the caller's stays as it is
     validate(args)
-    folder, saved = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}", None
+    folder = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     if args.resume:
-        file, saved = load_checkpoint(args.resume)
-        folder = os.path.dirname(file) or "."
-        resumed(args, saved)
+        folder, saved = load_checkpoint(args.resume)
+        check_resume(args, saved)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
@@ -890,6 +865,7 @@ def train(args):
     obs_statistics = RunningMeanStd(shape=obs_size)
     reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
     slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
     T, C = args.num_steps, args.num_envs
@@ -905,29 +881,25 @@ def train(args):
 
     global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
     kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
-    if saved:
-        restore(saved, agent, optimizer, store, (obs_statistics, reward_scaler.statistics))
+    trained = (agent, optimizer, store, (obs_statistics, reward_scaler.statistics))
+    if args.resume:
+        restore(saved, *trained)
         global_step, version = saved["global_step"], saved["version"]
         last_returns.extend(saved["last_returns"])
         seconds.update(saved["seconds"])
         kl_coef.fill_(saved["kl_coef"])
-    else:
-        store.publish(agent, 0)
-    actors = Actors(args, slots_per_actor, version)
 
     def save():
-        counters = {"global_step": global_step, "version": version, "seconds": dict(seconds)}
-        counters["last_returns"] = [float(last) for last in last_returns]
+        counters = {"global_step": global_step, "version": version, "last_returns": list(last_returns)}
         counters["kl_coef"] = kl_coef.item()
-        state = checkpoint(args, agent, optimizer, store, (obs_statistics, reward_scaler.statistics), **counters)
-        save_checkpoint(f"{folder}/checkpoint.pt", state)
+        save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
-    writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
+    actors = Actors(args, slots_per_actor, version)
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if args.resume else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    bar = {"total": args.total_timesteps, "initial": global_step, "unit": "step", "dynamic_ncols": True}
-    progress, next_line = tqdm(disable=not sys.stderr.isatty(), **bar), 0
-    handlers = end_on_signals(actors)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=None)
+    next_line = 0
     try:
         actors.start(make_agent, make_envs, store, rollouts)
         actors.issue(newest=version)
@@ -940,13 +912,13 @@ def train(args):
                 break
             slots, ended, waits, acts = map(list, zip(*collected, strict=True))
             learner_wait = time.perf_counter() - asked
-            for slot in slots:
-                fields = {name: getattr(rollouts, name)[slot] for name in ("obs", "rewards", "logprobs")}
-                check_finite(f"from actor {slot // slots_per_actor}, after step {global_step}", fields)
             batch = rollouts.batch(slots, device)  # [T (observations: more), N, ...]
             lags = (version - rollouts.version[slots]).float()  # [R]
-            for slot in () if atari else slots:
-                reward_scaler.update(slot // slots_per_actor, rollouts.arrays(slot))
+            for slot in slots:
+                index, rollout = slot // slots_per_actor, rollouts.arrays(slot)
+                check_finite(f"from actor {index}, after step {global_step}", vars(rollout), folder)
+                if not atari:
+                    reward_scaler.update(index, rollout)
             actors.issue(newest=version, freed=slots)
 
             # ESTIMATE advantages by the learner's critic, once per batch
@@ -971,7 +943,7 @@ def train(args):
             updates = []
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
-                for mb in torch.randperm(len(b_obs), device=device).tensor_split(args.num_minibatches):
+                for mb in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):
                     loss, update = minibatch_loss(agent, args, kl_coef, *(row.index_select(0, mb) for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
@@ -984,7 +956,6 @@ def train(args):
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
-            check_finite(f"in the batch after step {global_step}", means | dict(agent.named_parameters()))
             with torch.no_grad():
                 final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
                 final_ratios = final_log_ratios.exp()
@@ -996,6 +967,7 @@ def train(args):
                 obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
                 agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
                 agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
+            check_finite(f"in the batch after step {global_step}", means | agent.state_dict(), folder)
             version += 1
             store.publish(agent, version)
             actors.issue(newest=version)
@@ -1025,7 +997,7 @@ def train(args):
             episodes = [episode for part in ended for episode in part]
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-                last_returns.extend(episode_return for episode_return, _ in episodes)
+                last_returns.extend(float(episode_return) for episode_return, _ in episodes)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, global_step)
             recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
@@ -1034,20 +1006,19 @@ def train(args):
             progress.set_postfix_str(status, refresh=False)
             progress.update(min(global_step, args.total_timesteps) - progress.n)
             sps = f"{scalars['charts/SPS']:.0f} SPS"
-            if progress.disable and now >= next_line:
+            if progress.disable and now >= next_line:  # as it is where there is no terminal
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
         save()
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         actors.stop()
         progress.close()
         writer.close()
     if global_step < args.total_timesteps:
-        leave(actors.end, f"--resume {folder} goes on from step {global_step}")
+        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        raise actors.end
     print(
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
         f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
@@ -1056,19 +1027,27 @@ def train(args):
     return agent
 
 
+def typed_flags():
+    """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            args = tyro.cli(Args)
+            if args.resume:
+                args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
+            return args
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+        text = box.getvalue().partition("\n")[2]  # without the title
+        raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
+
+
 if __name__ == "__main__":
     try:
-        flags = tyro.cli(Args)
-        if flags.resume:  # the checkpoint's flags are the defaults
-            saved = load_checkpoint(flags.resume)[1]["args"]
-            flags = tyro.cli(Args, default=Args(**saved | {"resume": flags.resume}))
-        train(flags)
-    except UsageError as error:
+        train(typed_flags())
+    except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(130)
