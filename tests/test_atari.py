@@ -156,7 +156,7 @@ def test_zero_lag_ratio_is_one(bf16):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
-        acting, store = Agent(6, bf16, trained=False), vaco_async_atari.PolicyStore(agent, 1)
+        acting, store = Agent(6, bf16, trained=False), PolicyStore(agent, 1)
         store.publish(agent, 0)
         store.load(acting, 0)
         actions, logprobs = map(torch.stack, zip(*(acting.act(step, generator) for step in obs), strict=True))
