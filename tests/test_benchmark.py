@@ -180,7 +180,7 @@ def test_throughput_measures_a_program_and_shows_what_failed():
     with pytest.raises(RuntimeError, match=r"wrong flag: exit code 2\n.*--gamma 2"):
         throughput.run(fails, throughput.Args())
     short = throughput.Program("short", f"../vaco_async_mujoco.py {flags}", 64, 31.25)
-    with pytest.raises(RuntimeError, match="short logged 1 times"):
+    with pytest.raises(RuntimeError, match=r"short logged [12] times"):
         throughput.run(short, throughput.Args())
 
 
