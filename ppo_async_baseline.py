@@ -350,7 +350,7 @@ class Agent(nn.Module):
     while a version acts and while a batch trains.
     """
 
-    def __init__(self, obs_size, action_size, atari, bf16=False):
+    def __init__(self, obs_size, action_size, atari, bf16=False, trained=True):
         super().__init__()
         self.atari, self.bf16 = atari, bf16
         if atari:
@@ -360,6 +360,8 @@ class Agent(nn.Module):
             self.actor, self.critic = layer_init(nn.Linear(512, action_size), 0.01), layer_init(nn.Linear(512, 1), 1)
             # Convolutions are faster where the channels of a pixel are neighbours in memory
             self.to(memory_format=torch.channels_last)
+            if bf16 and not trained:  # an actor's: rounded once per version, not at every step
+                self.network.to(torch.bfloat16)
             # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
             torch.backends.cudnn.allow_tf32 = False
             return
@@ -581,13 +583,13 @@ def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts
             begun = time.perf_counter()
             out, episodes = rollouts.arrays(slot), []
             out.version[...], out.fresh[...], fresh = store.load(agent, version), fresh, False
-            for t in range(len(out.rewards)):
-                envs.write_obs(out, t)
-                with torch.inference_mode():
+            with torch.inference_mode():
+                for t in range(len(out.rewards)):
+                    envs.write_obs(out, t)
                     actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
-                out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
-                out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
-                episodes += ended
+                    out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
+                    out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                    episodes += ended
             envs.write_obs(out, t + 1)
             learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
     except (EOFError, ConnectionError):
@@ -901,7 +903,7 @@ def train(args):
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=None)
     next_line = 0
     try:
-        actors.start(make_agent, make_envs, store, rollouts)
+        actors.start(partial(make_agent, trained=False), make_envs, store, rollouts)
         actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:

@@ -241,10 +241,11 @@ class Agent(nn.Module):
     """Categorical policy and critic on one Nature CNN (doi 10.1038/nature14236), for stacks of frames [..., 84, 84, 4].
 
     With `bf16` the CNN computes in bfloat16, wherever the agent runs: if only the learner did, its rounding would pass
-    for policy lag. Parameters, the two heads, probabilities and losses are float32 always.
+    for policy lag. Parameters, the two heads, probabilities and losses are float32 always, but that an agent made for
+    actors, not `trained`, keeps the CNN's parameters in bfloat16: rounded once per version, not at every step.
     """
 
-    def __init__(self, action_size, bf16=False, device="cpu"):
+    def __init__(self, action_size, bf16=False, device="cpu", trained=True):
         super().__init__()
         self.bf16 = bf16
         self.network = nn.Sequential(
@@ -262,6 +263,8 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         # Convolutions are faster where the channels of a pixel are neighbours in memory
         self.to(device, memory_format=torch.channels_last)
+        if bf16 and not trained:
+            self.network.to(torch.bfloat16)
         # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
         torch.backends.cudnn.allow_tf32 = False
 
@@ -453,13 +456,13 @@ def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts
             begun = time.perf_counter()
             out, episodes = rollouts.arrays(slot), []
             out.version[...], out.fresh[...], fresh = store.load(agent, version), fresh, False
-            for t in range(len(out.rewards)):
-                envs.write_obs(out, t)
-                with torch.inference_mode():
+            with torch.inference_mode():
+                for t in range(len(out.rewards)):
+                    envs.write_obs(out, t)
                     actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
-                out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
-                out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
-                episodes += ended
+                    out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
+                    out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                    episodes += ended
             envs.write_obs(out, t + 1)
             learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
     except (EOFError, ConnectionError):
@@ -760,7 +763,7 @@ def train(args):
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=None)
     next_line = 0
     try:
-        actors.start(partial(make_agent, args.actor_device), make_envs, store, rollouts)
+        actors.start(partial(make_agent, args.actor_device, trained=False), make_envs, store, rollouts)
         actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:

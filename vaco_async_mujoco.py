@@ -451,13 +451,13 @@ def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts
             begun = time.perf_counter()
             out, episodes = rollouts.arrays(slot), []
             out.version[...], out.fresh[...], fresh = store.load(agent, version), fresh, False
-            for t in range(len(out.rewards)):
-                envs.write_obs(out, t)
-                with torch.inference_mode():
+            with torch.inference_mode():
+                for t in range(len(out.rewards)):
+                    envs.write_obs(out, t)
                     actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
-                out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
-                out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
-                episodes += ended
+                    out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
+                    out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
+                    episodes += ended
             envs.write_obs(out, t + 1)
             learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
     except (EOFError, ConnectionError):

@@ -5,21 +5,20 @@ set -euo pipefail
 cd "$(dirname "$0")"
 peers=${PEERS:-$HOME/.cache/vaco-peers}
 torch=$(grep '^torch==' ../requirements.txt)
-if [ ! -e "$peers/sb3/ready" ]; then
-    python3 -m venv "$peers/sb3"
-    "$peers/sb3/bin/pip" install "$torch"
-    "$peers/sb3/bin/pip" install stable-baselines3==2.9.2 tensorboard==2.21.0 "gymnasium[mujoco]==1.4.0" \
-        mujoco==4.0.0 ale-py==0.12.1 opencv-python-headless==5.0.0.93
-    touch "$peers/sb3/ready"
-fi
-if [ ! -e "$peers/sf/ready" ]; then
-    python3 -m venv "$peers/sf"
-    "$peers/sf/bin/pip" install "$torch"
-    # Not its extras: they pin what no longer installs
-    "$peers/sf/bin/pip" install sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7 \
-        imageio==2.38.1
-    touch "$peers/sf/ready"
-fi
+# Torch first, by itself: else the peers would choose another build of it. An environment is made anew for other versions
+install() {
+    local environment=$peers/$1
+    shift
+    [ "$(cat "$environment/ready" 2>/dev/null)" != "$torch $*" ] || return 0
+    python3 -m venv --clear "$environment"
+    "$environment/bin/pip" install "$torch"
+    "$environment/bin/pip" install "$@"
+    echo "$torch $*" > "$environment/ready"
+}
+install sb3 stable-baselines3==2.9.2 tensorboard==2.21.0 "gymnasium[mujoco]==1.4.0" mujoco==4.0.0 ale-py==0.12.1 \
+    opencv-python-headless==5.0.0.93
+# Not its extras: they pin what no longer installs
+install sf sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7 imageio==2.38.1
 python throughput.py --peers "$peers" "$@"
 echo "The limits: each side alone"
 for script in vaco_async_mujoco vaco_async_atari; do

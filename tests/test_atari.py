@@ -156,7 +156,10 @@ def test_zero_lag_ratio_is_one(bf16):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
-        actions, logprobs = map(torch.stack, zip(*(agent.act(step, generator) for step in obs), strict=True))
+        acting, store = Agent(6, bf16, trained=False), PolicyStore(agent, 1)
+        store.publish(agent, 0)
+        store.load(acting, 0)
+        actions, logprobs = map(torch.stack, zip(*(acting.act(step, generator) for step in obs), strict=True))
         ratios = (agent.evaluate(obs, actions)[0] - logprobs).exp()
     assert logprobs.std() > 0.1 and ratios.dtype == torch.float32
     torch.testing.assert_close(ratios, torch.ones_like(ratios), atol=1e-2 if bf16 else 1e-4, rtol=0)
@@ -250,6 +253,8 @@ def test_learner_threads_and_what_actors_are_made_of(script, monkeypatch):
     args = replace(SMALL, bf16=True) if script is vaco_async_atari else script.Args(**FLAGS, bf16=True)
     script.train(replace(args, learner_threads=2))
     assert torch.get_num_threads() == 2
+    # Rounded once per version, not at every step
+    assert {p.dtype for p in started[0][0]().network.parameters()} == {torch.bfloat16}
     if script is not vaco_async_atari:
         assert started[0][0].args == (0, 4, True, True)
         return

@@ -168,6 +168,23 @@ def test_speed_leaves_out_the_start():
 
 
 @pytest.mark.slow
+def test_throughput_measures_a_program_and_shows_what_failed():
+    flags = "--env-id Hopper-v4 --num-actors 1 --num-envs 1 --num-steps 64 --update-epochs 1 --num-minibatches 2"
+    works = throughput.Program("a program", f"../vaco_async_mujoco.py {flags}", 640, 31.25)
+    throughput.run(works, throughput.Args())
+    assert works.speeds[0] > 10 and 0 < works.startups[0] < 300
+    assert works.pss[0] > 0.1 and all(0 <= wait <= 1 for wait in works.waits[0])
+    name, speed, *_, learner_waits, actors_wait = throughput.table([works]).splitlines()[-1].strip("| ").split(" | ")
+    assert (name, speed) == ("a program", f"{works.speeds[0]:.0f}") and learner_waits[-1] == actors_wait[-1] == "%"
+    fails = throughput.Program("wrong flag", "../vaco_async_mujoco.py --gamma 2", 640, 31.25)
+    with pytest.raises(RuntimeError, match=r"wrong flag: exit code 2\n.*--gamma 2"):
+        throughput.run(fails, throughput.Args())
+    short = throughput.Program("short", f"../vaco_async_mujoco.py {flags}", 64, 31.25)
+    with pytest.raises(RuntimeError, match=r"short logged [12] times"):
+        throughput.run(short, throughput.Args())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["learner", "actors", "envpool"])
 def test_each_side_alone(part):
     flags = ["--seconds", "1", "--env-id", "Hopper-v4", "--num-actors", "2", "--update-epochs", "1"]
