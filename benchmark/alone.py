@@ -51,10 +51,10 @@ def alone(script, part, seconds):
 
         def collect(self, batch):
             if part == "actors":
-                while True:
-                    messages = super().collect(self.batches)
+                while messages := super().collect(self.batches):  # none: a signal ends the run
                     self.issue(newest=0, freed=[message[0] for message in messages])
                     self.count()
+                return []
             if batch == 0:
                 self.messages = super().collect(batch)
                 self.stop()

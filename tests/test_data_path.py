@@ -27,6 +27,8 @@ from vaco_async_mujoco import (
     vtrace,
 )
 
+LEARNER = mp.Pipe()  # never ready: the learner lives
+
 
 def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
     """Fill slots with the real actor function, in a thread. Returns (agent, rollouts, what the actor sent)."""
@@ -40,9 +42,13 @@ def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
     ours, theirs = mp.Pipe()
     make_envs = partial(ContinuousEnvs, env_id, num_envs)
     messages, threads_before = [], torch.get_num_threads()
-    arguments = (Args(num_envs=num_envs), 0, partial(Agent, *sizes), make_envs, store, rollouts, theirs)
+    arguments = (Args(num_envs=num_envs), 0, 0, 0, partial(Agent, *sizes), make_envs, store, rollouts, theirs)
     thread = threading.Thread(target=actor, args=arguments)
-    with mock.patch("vaco_async_mujoco.actor_seed", return_value=seed):  # so that tests can make the same environments
+    parent = SimpleNamespace(sentinel=LEARNER[0])  # a thread has no parent process
+    with (
+        mock.patch("vaco_async_mujoco.actor_seed", return_value=seed),  # so that tests can make the same environments
+        mock.patch("vaco_async_mujoco.mp.parent_process", return_value=parent),
+    ):
         thread.start()
         assert ours.recv() is None
     for slot in range(num_rollouts):
@@ -205,7 +211,7 @@ def test_reward_scale_is_the_deviation_of_the_discounted_return():
                 rows.append((123.0, False))
         for start in range(0, len(rows), 50):
             rewards, valid = (np.array(column)[:, None] for column in zip(*rows[start : start + 50], strict=True))
-            scaler.update(actor_index, SimpleNamespace(rewards=rewards, valid=valid))
+            scaler.update(actor_index, SimpleNamespace(rewards=rewards, valid=valid, fresh=np.array(False)))
     assert scaler.statistics.count == pytest.approx(800, rel=1e-6)
     assert scaler.statistics.var == pytest.approx(np.var(returns), rel=1e-4)
     scaled = scaler.scale(torch.tensor([1.0, -1e9]))
@@ -333,7 +339,7 @@ def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch):
         return [(slot, newest if version == LATEST else version, index)]
 
     actors = Actors(args, slots_per_actor)
-    actors.connections = [SimpleNamespace(send=partial(send, index)) for index in range(num_actors)]
+    actors.connections = {index: SimpleNamespace(send=partial(send, index)) for index in range(num_actors)}
     actors.receive = receive
     lags = []
     for batch in range(60):

@@ -306,7 +306,7 @@ def test_actors_are_as_nice_as_asked_with_all_their_threads(monkeypatch):
 
     def recorded_start(self, *arguments):
         start(self, *arguments)
-        for process in self.processes:
+        for process in self.processes.values():
             threads = os.listdir(f"/proc/{process.pid}/task")
             assert len(threads) > 1  # envpool's, too
             seen.extend(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads)
