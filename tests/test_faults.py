@@ -51,27 +51,27 @@ def small(script, **flags):
 
 
 def actors_alive():
-    return [process for process in mp.active_children() if process.name.startswith("actor")]
+    return [process.pid for process in mp.active_children() if process.name.startswith("actor")]
 
 
 class InBackground(threading.Thread):
-    """Does `deed` once some actors are alive for a moment, then again and again until told that it is over."""
+    """Does `deed` to one of the actors, `victims()`, again and again until told that it is over."""
 
-    def __init__(self, deed, pause=0.5, once=False):
+    def __init__(self, deed, pause=0.5, once=False, victims=actors_alive):
         super().__init__()
         self.deed, self.pause, self.once, self.over, self.deeds = deed, pause, once, threading.Event(), 0
+        self.victims = victims
         self.start()
 
     def run(self):
         while not self.over.wait(self.pause):
-            if actors_alive():
-                try:
-                    self.deed(random.choice(actors_alive()).pid)
-                    self.deeds += 1
-                except (ProcessLookupError, IndexError):  # the run has just ended
-                    continue
-                if self.once:
-                    return
+            try:
+                self.deed(random.choice(self.victims()))
+                self.deeds += 1
+            except (ProcessLookupError, IndexError):  # there is none, or it has just ended
+                continue
+            if self.once:
+                return
 
     def stop(self):
         self.over.set()
@@ -151,7 +151,7 @@ class Counting(ContinuousEnvs):
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["async", "mixture"])
 def test_every_batch_is_whole_while_actors_are_killed_all_the_time(schedule, monkeypatch):
-    """For half a minute per schedule, an actor is killed every second."""
+    """For half a minute per schedule, an actor is killed every second or two."""
     batches, batch_of = [], vaco_async_mujoco.Rollouts.batch
 
     def recorded_batch(self, slots, device):
@@ -161,15 +161,15 @@ def test_every_batch_is_whole_while_actors_are_killed_all_the_time(schedule, mon
 
     monkeypatch.setattr(vaco_async_mujoco, "ContinuousEnvs", Counting)
     monkeypatch.setattr(vaco_async_mujoco.Rollouts, "batch", recorded_batch)
-    killer, begun = InBackground(kill, pause=1.0), time.monotonic()
+    ready = []  # actors that are ready: killed before, they would never come to it
+    killer = InBackground(kill, pause=1.5, victims=lambda: ready)
     lag = 3 if schedule == "mixture" else 0
     args = replace(SMALL, num_actors=4, lag_schedule=schedule, lag=lag, max_actor_restarts=10_000)
-    monkeypatch.setattr(Actors, "receive", stopping_after(30, Actors.receive))
+    monkeypatch.setattr(Actors, "receive", stopping_after(30, Actors.receive, ready))
     with pytest.raises(KeyboardInterrupt):
-        train(replace(args, total_timesteps=10**9, num_envs=64, num_steps=64, num_minibatches=32))
-    assert time.monotonic() - begun < 60
+        train(replace(args, total_timesteps=10**9, num_envs=16, num_steps=64, num_minibatches=8))
     kills = killer.stop()
-    assert kills >= 10
+    assert kills >= 5 and len(batches) >= 2
     for obs, _, _ in batches:  # [R, T + 1, C, D]
         pids, counts = obs[..., 0].flatten(1), obs[..., 1, None].squeeze(-1)
         assert (pids == pids[:, :1]).all()  # each slot by one process
@@ -181,15 +181,17 @@ def test_every_batch_is_whole_while_actors_are_killed_all_the_time(schedule, mon
         assert (versions <= v).all() and (schedule == "async" or (versions >= v - lag).all())
 
 
-def stopping_after(seconds, receive):
-    """`Actors.receive` that ends the run as Ctrl-C does."""
+def stopping_after(seconds, receive, ready):
+    """`Actors.receive` that ends the run as Ctrl-C does, and says which actors are ready."""
     begun = []
 
     def wrapped(self, *args, **kwargs):
         begun.append(time.monotonic())
         if time.monotonic() - begun[0] > seconds:
             self.end = KeyboardInterrupt()
-        return receive(self, *args, **kwargs)
+        messages = receive(self, *args, **kwargs)
+        ready[:] = [self.processes[index].pid for index, owed in enumerate(self.owed) if not owed or owed[0]]
+        return messages
 
     return wrapped
 

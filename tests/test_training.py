@@ -346,7 +346,7 @@ def test_no_process_outlives_the_program(end):
         _, errors = program.communicate(timeout=30)
     if end == signal.SIGINT:
         assert program.returncode == 130
-        assert errors.splitlines()[-1].startswith("interrupted") and "Traceback" not in errors
+        assert errors.splitlines()[-1].startswith("stopped at step ") and "Traceback" not in errors
     deadline = time.monotonic() + 10
     while processes_of_session(program.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
