@@ -133,6 +133,12 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what failed, where, and what is saved."""
 
 
+def tell(text):
+    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def check(args, name, holds, advice):
     """Raise UsageError about the flag `name` unless `holds`."""
     if not holds:
@@ -148,6 +154,7 @@ def validate(args):
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     lowest["learner_threads"] = 1
+    lowest["actor_timeout"] = 1
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
     highest |= {"learner_threads": 256, "actor_nice": 19}
@@ -157,6 +164,8 @@ def validate(args):
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
+    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     sequences = args.rollouts_per_batch * args.num_envs
     samples = sequences * args.num_steps
     limit = 2**17 if atari else 2**22
@@ -678,8 +687,11 @@ class Actors:
             self.end = self.end or RunError(f"actor {index} {problem}\nThis is more than --max-actor-restarts allows")
             return
         pause = min(2 ** (self.failures[index] - 1) - 1, 15)  # 0, 1, 3, 7, 15, 15, ... until it delivers
-        print(f"actor {index} {problem}\nrestart {self.restarts}, in {pause} s", file=sys.stderr, flush=True)
-        self.launch(index, pause)
+        tell(f"actor {index} {problem}\nrestart {self.restarts}, in {pause} s")
+        try:
+            self.launch(index, pause)
+        except (OSError, EOFError) as error:  # no memory, no descriptors, or no forkserver
+            self.end = self.end or RunError(f"actor {index} {problem}\nAnother cannot be started: {error!r}")
 
     def receive(self, timeout):
         """Wait for `timeout` seconds, or until actors send something; returns what came about rollouts. Replaces actors
@@ -972,7 +984,7 @@ def train(args):
             progress.set_postfix_str(status, refresh=False)
             progress.update(min(global_step, args.total_timesteps) - progress.n)
             sps = f"{scalars['charts/SPS']:.0f} SPS"
-            if progress.disable and now >= next_line:  # as it is where there is no terminal
+            if progress.disable and now >= next_line and not actors.end:  # where there is no terminal
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
@@ -981,9 +993,10 @@ def train(args):
     finally:
         actors.stop()
         progress.close()
-        writer.close()
+        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
+            writer.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
         raise actors.end
     print(
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
@@ -1013,7 +1026,7 @@ if __name__ == "__main__":
     try:
         train(typed_flags())
     except (UsageError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -121,6 +121,12 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what failed, where, and what is saved."""
 
 
+def tell(text):
+    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def check(args, name, holds, advice):
     """Raise UsageError about the flag `name` unless `holds`."""
     if not holds:
@@ -131,6 +137,7 @@ def validate(args):
     """Check all flags, before any process starts. Raises UsageError."""
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
+    lowest["actor_timeout"] = 1
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "actor_nice": 19}
     for name, value in vars(args).items():
@@ -141,6 +148,8 @@ def validate(args):
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     compiler = os.environ.get("CXX", "g++")  # where torch looks
     check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
+    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
+    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
     check(args, "num_steps", samples <= 2**22, f"makes batches of {samples} samples, more than {2**22}")
     divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
@@ -567,8 +576,11 @@ class Actors:
             self.end = self.end or RunError(f"actor {index} {problem}\nThis is more than --max-actor-restarts allows")
             return
         pause = min(2 ** (self.failures[index] - 1) - 1, 15)  # 0, 1, 3, 7, 15, 15, ... until it delivers
-        print(f"actor {index} {problem}\nrestart {self.restarts}, in {pause} s", file=sys.stderr, flush=True)
-        self.launch(index, pause)
+        tell(f"actor {index} {problem}\nrestart {self.restarts}, in {pause} s")
+        try:
+            self.launch(index, pause)
+        except (OSError, EOFError) as error:  # no memory, no descriptors, or no forkserver
+            self.end = self.end or RunError(f"actor {index} {problem}\nAnother cannot be started: {error!r}")
 
     def receive(self, timeout):
         """Wait for `timeout` seconds, or until actors send something; returns what came about rollouts. Replaces actors
@@ -854,7 +866,7 @@ def train(args):
             progress.set_postfix_str(status, refresh=False)
             progress.update(min(global_step, args.total_timesteps) - progress.n)
             sps = f"{scalars['charts/SPS']:.0f} SPS"
-            if progress.disable and now >= next_line:  # as it is where there is no terminal
+            if progress.disable and now >= next_line and not actors.end:  # where there is no terminal
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
@@ -863,9 +875,10 @@ def train(args):
     finally:
         actors.stop()
         progress.close()
-        writer.close()
+        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
+            writer.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
         raise actors.end
     print(
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
@@ -895,7 +908,7 @@ if __name__ == "__main__":
     try:
         train(typed_flags())
     except (UsageError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

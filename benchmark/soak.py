@@ -6,6 +6,7 @@ Prints a table of the means over the first, middle and last tenth of the time (t
 the program starts), then ends the run by SIGTERM and says what is left of it.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -32,8 +33,11 @@ def parent(pid):
 
 def family(learner):
     """The processes of a run, and those of them that are actors: the children of its forkserver."""
-    session = [int(pid) for pid in filter(str.isdigit, os.listdir("/proc"))]
-    session = [pid for pid in session if parent(pid) is not None and os.getsid(pid) == learner]
+    session = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.getsid(pid) == learner and parent(pid) is not None:
+                session.append(pid)
     return session, [pid for pid in session if pid != learner and parent(pid) != learner]
 
 
@@ -59,7 +63,8 @@ def main():
             while (passed := time.monotonic() - begun) < minutes * 60 and learner.poll() is None:
                 time.sleep(2)
                 progress.update(round(passed) - progress.n)
-                samples.append(sample(learner.pid))
+                with contextlib.suppress(OSError, StopIteration):  # the learner has ended: its exit code tells
+                    samples.append(sample(learner.pid))
                 actors = family(learner.pid)[1]
                 if passed > 60 * (kills + 1) and actors:
                     os.kill(random.choice(actors), signal.SIGKILL)
@@ -77,15 +82,13 @@ def main():
         steps = [line for line in lines if line.startswith("step ")]
     if code != 128 + signal.SIGTERM:
         sys.exit("\n".join([*lines[-30:], f"error: exit code {code}"]))
-    tenth = len(samples) // 10
+    tenth, new_files = len(samples) // 10, len(set(os.listdir("/dev/shm")) - shared)
     print(f"{script}, {minutes:g} minutes, {kills} actors killed, {len(samples)} samples; at the end: {steps[-1]}\n")
     print("\n".join([f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]))
     for name, first in (("first", tenth), ("middle", len(samples) // 2), ("last", len(samples) - tenth)):
         means = [sum(column) / tenth for column in zip(*samples[first : first + tenth], strict=True)]
         print(f"| {name} | {means[0]:.3f} GB | {means[1]:.3f} GB | {means[2]:.1f} | {means[3]:.1f} | {means[4]:.1f} |")
-    print(
-        f"\nSIGTERM: exit code {code}; left over: {left} processes, {len(set(os.listdir('/dev/shm')) - shared)} files in /dev/shm"
-    )
+    print(f"\nSIGTERM: exit code {code}; left over: {left} processes, {new_files} files in /dev/shm")
 
 
 if __name__ == "__main__":
