@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # {domain} is mujoco or atari; {epochs} makes as many gradient steps per batch as PPO and VACO do, and {rate} is, for
-# continuous control, their learning rate: at its own, for one epoch, IMPALA diverged (3 environments at lag 0, one seed)
+# continuous control, their learning rate: at its own, for one epoch, IMPALA diverged (3 environments, one seed)
 METHODS = {
     "VACO": "vaco_async_{domain}.py",
     "VACO, no filter": "vaco_async_{domain}.py --no-filter",
