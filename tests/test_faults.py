@@ -90,11 +90,20 @@ def kill(pid):
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_killed_actor_is_reported_and_replaced(capsys):
-    killer = InBackground(kill, once=True)
-    train(replace(SMALL, total_timesteps=25_000))
-    assert killer.stop() == 1
-    assert re.search(r"actor \d has died: SIGKILL\nrestart 1, in 0 s\n", capsys.readouterr().err)
+@pytest.mark.timeout(100)
+def test_a_killed_actor_is_reported_and_replaced(monkeypatch, capsys):
+    """It is killed when it has just got a ticket: no batch is complete before its successor has done that one."""
+    issue, killed = Actors.issue, []
+
+    def issue_and_kill(self, newest, freed=()):
+        issue(self, newest, freed)
+        if newest >= 2 and self.owed[0] and not killed:
+            killed.append(self.processes[0].pid)
+            kill(killed[0])
+
+    monkeypatch.setattr(Actors, "issue", issue_and_kill)
+    train(replace(SMALL, lag=0, actor_timeout=1000.0))
+    assert re.search(r"actor 0 has died: SIGKILL\nrestart 1, in 0 s\n", capsys.readouterr().err)
     assert max(read_curves(".")["stats/actor_restarts"]) == 1
     assert not mp.active_children()
 
