@@ -191,7 +191,7 @@ class Problems:
         except Exception as error:
             check(self.args, "task", False, f"its data is not there, and cannot be loaded: {one_line(error)}")
         np.random.default_rng(self.args.seed).shuffle(self.train)
-        self.verify = lambda answer, entry: float(last_number(answer) == entry["answer"])
+        self.verify = lambda answer, entry: last_number(answer) == entry["answer"]
         self.held_out = {entry["question"] for entry in self.test}
 
     def __getitem__(self, number):
@@ -204,8 +204,11 @@ class Problems:
 
     def score(self, text, entry):
         """What the task's verifier gives a completion, 0 to 1: for what stands in its last <answer> </answer>, if it
-        has that, or for all of it."""
-        return float(self.verify(reasoning_gym.utils.extract_answer(text) or text.strip(), entry))
+        has that; else for its last number, if the answer is a number; else for all of it."""
+        answer = reasoning_gym.utils.extract_answer(text)
+        if answer is None:
+            answer = last_number(text) if last_number(entry["answer"]) == entry["answer"] else text.strip()
+        return float(self.verify(answer, entry))
 
 
 def last_number(text):
@@ -259,6 +262,7 @@ def load_model(args, problems):
         check(args, "model", os.path.isfile(args.model), "there is no such file")
         folder, file = os.path.split(os.path.abspath(args.model))
         source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
@@ -304,7 +308,7 @@ class Agent(nn.Module):
             logits = logits.masked_fill(logits < logits.topk(self.args.top_k).values[..., -1:], -math.inf)
         return logits.log_softmax(-1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prompts, prompt_mask, group_size=1, generator=None):
         """Sample `group_size` completions of each prompt [n, P], the most likely tokens if `generator` is None.
 
