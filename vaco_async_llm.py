@@ -23,7 +23,7 @@ import contextlib
 import copy
 import difflib
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -147,7 +147,10 @@ def validate(args):
     for package, name in needed.items():
         pip_name = package.replace("_", "-")
         advice = f"needs the package {pip_name}; type pip install {pip_name}, or pip install -r requirements-llm.txt"
-        check(args, name, importlib.util.find_spec(package), advice)
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            check(args, name, False, advice)
 
 
 class Problems:
@@ -813,7 +816,7 @@ def train(args):
                 "charts/completion_length": batch.mask.sum(1).float().mean().item(),
                 "charts/learning_rate": lr,
                 "charts/tokens_per_second": tokens_seen / seconds["total"],
-                "charts/groups_without_variance": 1 - varies.float().mean().item(),
+                "filter/groups_without_variance": 1 - varies.float().mean().item(),
                 "lag/versions_mean": lags.mean().item(),
                 "lag/versions_max": lags.max().item(),
                 "stats/learner_wait": learner_wait / batch_seconds,
