@@ -102,6 +102,9 @@ class Args:
     update_epochs: int = 1  # passes over each batch
     num_minibatches: int = 2  # minibatches, that is gradient steps, per pass
     learning_rate: float = 3e-4  # the learning rate of Adam
+    warmup_batches: int = (
+        20  # batches in which the learning rate rises linearly: Adam's first steps are large and blind
+    )
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_batches
     kl_coef: float = 0.0  # coefficient of the KL divergence to the model before training, per token
     max_grad_norm: float = 1.0  # the largest norm of a gradient
@@ -775,6 +778,7 @@ def train(args):
             mask, behavior_logprobs = rows[3], rows[4]  # [M, L]
             share, updates, scalars = len(used) / len(advantages), [], {}
             lr = args.learning_rate * (1 - version / args.total_batches if args.anneal_lr else 1)
+            lr *= min((version + 1) / max(args.warmup_batches, 1), 1)
             optimizer.param_groups[0]["lr"] = lr
             if share > 0:
                 learner_ratios = log_ratio(logprobs_of(agent, *rows[:4])[mask], behavior_logprobs[mask]).exp()  # [K]
