@@ -72,24 +72,24 @@ class Args:
     # tiny: a small Llama made on the spot, with characters as tokens, warm-started on solved problems; else what
     # transformers loads: a hub id, a folder, or a GGUF file, with its tokenizer and chat template
     model: str = "tiny"
-    warm_start_batches: int = 400  # supervised batches of 128 solved problems that the tiny model begins with
+    warm_start_batches: int = 160  # supervised batches of 128 solved problems that the tiny model begins with
     # a task of reasoning-gym, scored by its own verifier, or gsm8k, which needs the package datasets
     task: str = "chain_sum"
     task_config: str = ""  # the task's options, as JSON; none: two or three one-digit terms for chain_sum
     system_prompt: str = ""  # the system message, for models whose chat template has one
     max_prompt_tokens: int = 256  # the longest prompt that a slot can hold
-    max_new_tokens: int = 8  # where a completion is cut
-    temperature: float = 1.0  # the sampling temperature: the policy is what is sampled from, in actors and learner
+    max_new_tokens: int = 6  # where a completion is cut
+    temperature: float = 0.6  # the sampling temperature: the policy is what is sampled from, in actors and learner
     top_k: int = 0  # sample from the k most likely tokens only; 0: from all
 
-    total_batches: int = 300  # batches to train on
+    total_batches: int = 400  # batches to train on
     eval_interval: int = 25  # batches from one evaluation to the next
     eval_size: int = 400  # held-out problems, answered greedily; no training problem has the same question
 
     # Actors decide how old the data is when it arrives (backward lag)
 
     num_actors: int = 1  # generating processes; free running, data is about num_actors / rollouts_per_batch batches old
-    prompts_per_rollout: int = 32  # problems per rollout
+    prompts_per_rollout: int = 64  # problems per rollout
     group_size: int = 8  # completions per problem, whose rewards are compared with one another
     rollouts_per_batch: int = 1  # rollouts per batch, of prompts_per_rollout * group_size completions each
     # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
@@ -101,7 +101,7 @@ class Args:
 
     update_epochs: int = 1  # passes over each batch
     num_minibatches: int = 2  # minibatches, that is gradient steps, per pass
-    learning_rate: float = 3e-4  # the learning rate of Adam
+    learning_rate: float = 1e-4  # the learning rate of Adam
     warmup_batches: int = (
         20  # batches in which the learning rate rises linearly: Adam's first steps are large and blind
     )
@@ -111,7 +111,7 @@ class Args:
 
     objective: Literal["vaco", "grpo"] = "vaco"  # what holds the policy back: the filter, or clipped ratios
     # vaco: the budget on the total variation of a token, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED
-    tv_threshold: float = 0.01
+    tv_threshold: float = 0.02
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
 
