@@ -102,9 +102,7 @@ class Args:
     update_epochs: int = 1  # passes over each batch
     num_minibatches: int = 2  # minibatches, that is gradient steps, per pass
     learning_rate: float = 1e-4  # the learning rate of Adam
-    warmup_batches: int = (
-        20  # batches in which the learning rate rises linearly: Adam's first steps are large and blind
-    )
+    warmup_batches: int = 20  # batches in which the learning rate rises: Adam's first steps are large and blind
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_batches
     kl_coef: float = 0.0  # coefficient of the KL divergence to the model before training, per token
     max_grad_norm: float = 1.0  # the largest norm of a gradient
@@ -261,6 +259,7 @@ def tiny_model(problems):
 
 def load_model(args, problems):
     """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
+    transformers.utils.logging.disable_progress_bar()
     if args.model == "tiny":
         return tiny_model(problems)
     source = {"pretrained_model_name_or_path": args.model}
@@ -268,7 +267,6 @@ def load_model(args, problems):
         check(args, "model", os.path.isfile(args.model), "there is no such file")
         folder, file = os.path.split(os.path.abspath(args.model))
         source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
-    transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)

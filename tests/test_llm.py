@@ -302,7 +302,9 @@ def test_a_step_makes_good_answers_likelier(warm_model):
 
 @pytest.mark.parametrize(("schedule", "lag"), [("async", 0), ("mixture", 2)])
 def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, capsys):
-    args = replace(SMALL, model=warm_model, lag_schedule=schedule, lag=lag, num_actors=2, kl_coef=0.01)
+    args = replace(
+        SMALL, model=warm_model, lag_schedule=schedule, lag=lag, num_actors=2, kl_coef=0.01, warmup_batches=3
+    )
     agent = train(args)
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
     curves, _ = read_run()
@@ -317,6 +319,8 @@ def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, capsys):
         f"{group}/{name}" for group in expected for name in expected[group]
     }
     assert all(math.isfinite(value) for tag in curves for value in curves[tag])
+    rates = [1e-4 * (1 - batch / 5) * min((batch + 1) / 3, 1) for batch in range(5)]
+    assert curves["charts/learning_rate"] == pytest.approx(rates)
     assert len(curves["charts/reward"]) == 5 and len(curves["charts/accuracy"]) == 4  # before, after 2, 4 and 5
     assert max(curves["lag/versions_max"]) <= 2
     summary = capsys.readouterr().out.splitlines()[-1]
