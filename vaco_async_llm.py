@@ -72,24 +72,27 @@ class Args:
     # tiny: a small Llama made on the spot, with characters as tokens, warm-started on solved problems; else what
     # transformers loads: a hub id, a folder, or a GGUF file, with its tokenizer and chat template
     model: str = "tiny"
-    warm_start_batches: int = 160  # supervised batches of 128 solved problems that the tiny model begins with
+    warm_start_batches: int = 350  # supervised batches of 128 solved problems that the tiny model begins with
+    # share of these problems that are solved wrongly, one too high, where the answer is an integer: what reinforcement
+    # then has to find out is which of two solutions is right
+    warm_start_errors: float = 0.6
     # a task of reasoning-gym, scored by its own verifier, or gsm8k, which needs the package datasets
     task: str = "chain_sum"
     task_config: str = ""  # the task's options, as JSON; none: two or three one-digit terms for chain_sum
     system_prompt: str = ""  # the system message, for models whose chat template has one
     max_prompt_tokens: int = 256  # the longest prompt that a slot can hold
     max_new_tokens: int = 6  # where a completion is cut
-    temperature: float = 0.6  # the sampling temperature: the policy is what is sampled from, in actors and learner
+    temperature: float = 1.0  # the sampling temperature: the policy is what is sampled from, in actors and learner
     top_k: int = 0  # sample from the k most likely tokens only; 0: from all
 
-    total_batches: int = 400  # batches to train on
+    total_batches: int = 200  # batches to train on
     eval_interval: int = 25  # batches from one evaluation to the next
     eval_size: int = 400  # held-out problems, answered greedily; no training problem has the same question
 
     # Actors decide how old the data is when it arrives (backward lag)
 
     num_actors: int = 1  # generating processes; free running, data is about num_actors / rollouts_per_batch batches old
-    prompts_per_rollout: int = 64  # problems per rollout
+    prompts_per_rollout: int = 32  # problems per rollout
     group_size: int = 8  # completions per problem, whose rewards are compared with one another
     rollouts_per_batch: int = 1  # rollouts per batch, of prompts_per_rollout * group_size completions each
     # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
@@ -130,7 +133,7 @@ def validate(args):
     lowest |= {"update_epochs": 1, "group_size": 2, "temperature": 1e-3, "max_grad_norm": 1e-9}
     highest = {"seed": 2**31 - 1, "actor_nice": 19, "num_actors": 256, "lag": 10_000, "eval_size": 10_000}
     highest |= {"learner_threads": 1024, "prompts_per_rollout": 4096, "group_size": 1024, "rollouts_per_batch": 1024}
-    highest |= {"max_prompt_tokens": 2**17, "max_new_tokens": 2**17}
+    highest |= {"max_prompt_tokens": 2**17, "max_new_tokens": 2**17, "warm_start_errors": 1}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -363,19 +366,23 @@ class Agent(nn.Module):
 def warm_start(args, agent, problems):
     """Train the tiny model on solved problems, so that reinforcement has something to improve. The result is kept in
     runs/warm_starts, for runs with the same seed and task."""
-    settings = (args.seed, args.task, args.task_config, args.warm_start_batches, agent.model.config.to_dict())
+    flags = ("seed", "task", "task_config", "warm_start_batches", "warm_start_errors")
+    settings = ([getattr(args, flag) for flag in flags], args.eval_size, agent.model.config.to_dict())
     digest = hashlib.sha256(repr((settings, torch.__version__)).encode()).hexdigest()[:16]
     path = f"runs/warm_starts/{digest}.pt"
     if os.path.exists(path):
         agent.load_state_dict(torch.load(path, weights_only=True))
         return
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer, rng = torch.optim.AdamW(agent.parameters(), lr=1e-3, weight_decay=0.01), np.random.default_rng(args.seed)
     batches = tqdm(range(args.warm_start_batches), desc="warm start", unit="batch", disable=not sys.stderr.isatty())
     for batch in batches:
         first = NUM_PROBLEMS // 2 + batch * 128  # reinforcement takes them from 0 on
         entries = [problems[number] for number in range(first, first + 128)]
         prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
-        answers = agent.tokenizer([entry["answer"] + agent.tokenizer.eos_token for entry in entries]).input_ids
+        answers = [entry["answer"] for entry in entries]
+        for i in (rng.random(128) < args.warm_start_errors).nonzero()[0]:
+            answers[i] = str(int(answers[i]) + 1) if re.fullmatch(r"-?\d+", answers[i]) else answers[i]
+        answers = agent.tokenizer([answer + agent.tokenizer.eos_token for answer in answers]).input_ids
         tokens = nn.utils.rnn.pad_sequence(list(map(torch.tensor, answers)), batch_first=True, padding_value=-100)
         attention = torch.cat([prompt_mask, tokens >= 0], 1).long()
         loss = agent.model(
