@@ -355,6 +355,7 @@ def test_groups_without_variance_give_no_gradient(warm_model, monkeypatch):
     assert all(torch.equal(start[name], state[f"model.{name}"]) for name in start)
     curves, _ = read_run()
     assert curves["filter/groups_without_variance"] == [1, 1]
+    assert "losses/policy_loss" not in curves  # and no work
 
 
 def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
