@@ -379,10 +379,8 @@ def warm_start(args, agent, problems):
         first = NUM_PROBLEMS // 2 + batch * 128  # reinforcement takes them from 0 on
         entries = [problems[number] for number in range(first, first + 128)]
         prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
-        answers = [entry["answer"] for entry in entries]
-        for i in (rng.random(128) < args.warm_start_errors).nonzero()[0]:
-            answers[i] = str(int(answers[i]) + 1) if re.fullmatch(r"-?\d+", answers[i]) else answers[i]
-        answers = agent.tokenizer([answer + agent.tokenizer.eos_token for answer in answers]).input_ids
+        solutions = [solution(entry["answer"], rng.random() < args.warm_start_errors) for entry in entries]
+        answers = agent.tokenizer([text + agent.tokenizer.eos_token for text in solutions]).input_ids
         tokens = nn.utils.rnn.pad_sequence(list(map(torch.tensor, answers)), batch_first=True, padding_value=-100)
         attention = torch.cat([prompt_mask, tokens >= 0], 1).long()
         loss = agent.model(
@@ -400,6 +398,11 @@ def warm_start(args, agent, problems):
     os.makedirs("runs/warm_starts", exist_ok=True)
     torch.save(agent.state_dict(), f"{path}.{os.getpid()}")
     os.replace(f"{path}.{os.getpid()}", path)  # other runs may make the same one at this moment
+
+
+def solution(answer, wrong):
+    """An answer to learn from: if `wrong`, one too high, where it is an integer."""
+    return str(int(answer) + 1) if wrong and re.fullmatch(r"-?\d+", answer) else answer
 
 
 def accuracy(agent, problems, device):
