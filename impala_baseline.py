@@ -781,8 +781,12 @@ def connect(args):
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: leave with torchrun, however it ends
         backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
+        timeout = timedelta(seconds=args.learner_timeout)
         with exchange():
-            dist.init_process_group(backend, timeout=timedelta(seconds=args.learner_timeout))
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            # Started again, learners would find the addresses of those before
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, None, timeout, WORLD_SIZE, RANK, store)
 
 
 @contextlib.contextmanager
