@@ -1063,14 +1063,15 @@ def train(args):
             share = len(b_learner_ratios) / samples
             updates = []
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(dones[0])).to(device).chunk(args.num_minibatches):
-                    sequences = [column.index_select(1, mb) for column in columns]
-                    mb_own = sequences[-1].sum()  # the valid rows of this learner, and of all
-                    mb_samples = all_sum(mb_own.clone())
-                    loss, update = impala_minibatch(agent, args, mb_samples, obs.index_select(1, mb), *sequences)
+                minibatches = torch.randperm(len(dones[0])).to(device).chunk(args.num_minibatches)
+                sizes = torch.stack([batch.valid.index_select(1, mb).sum() for mb in minibatches])  # valid rows, and
+                totals = all_sum(sizes.clone())  # those of all learners
+                for mb, size, total in zip(minibatches, sizes, totals, strict=True):
+                    sequences = (column.index_select(1, mb) for column in columns)
+                    loss, update = impala_minibatch(agent, args, total, obs.index_select(1, mb), *sequences)
                     optimizer.zero_grad()
                     loss.backward()
-                    average_gradients(agent, mb_own / mb_samples)
+                    average_gradients(agent, size / total)
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)

@@ -486,18 +486,11 @@ def decoupled_loss(log_ratios, learner_log_ratios, advantages, clip_coef, max_im
     return (learner_log_ratios.exp().clamp(max=max_importance) * surrogate).mean()
 
 
-def ppo_minibatch(
-    agent, args, kl_coef, share, obs, actions, behavior_logprobs, learner_log_ratios, advantages, targets
-):
-    """Forward pass of one gradient step: M valid rows of a batch, the `share` of this learner in the minibatch of all
-    (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}."""
+def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logprobs, learner_log_ratios, targets):
+    """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
-    mean = partial(global_mean, share)  # over the minibatch of all learners
-    if args.norm_adv:
-        advantages = advantages - mean(advantages)
-        advantages = advantages / (mean(advantages.square()).sqrt() + 1e-8)
     if args.objective == "clip":
         policy_loss = clip_loss(ratios, advantages, args.clip_coef)
     elif args.objective == "kl":
@@ -875,6 +868,18 @@ def minibatch_shares(rows, num_minibatches, device):
     return (sizes / all_sum(sizes.clone())).to(device)
 
 
+def normalize(advantages, shares):
+    """Advantages of all minibatches of an epoch, [M] each: minus the mean, over the standard deviation of the minibatch
+    of all learners, in which this one's are a share each."""
+
+    def means(parts):
+        return all_sum(shares * torch.stack([part.mean() for part in parts]))
+
+    centred = [part - mean for part, mean in zip(advantages, means(advantages), strict=True)]
+    variances = means([part.square() for part in centred])
+    return [part / (variance.sqrt() + 1e-8) for part, variance in zip(centred, variances, strict=True)]
+
+
 def average_gradients(agent, share):
     """Replace the gradients of a minibatch's mean loss by their mean over all learners: one flat all-reduce."""
     if WORLD_SIZE > 1:
@@ -1094,10 +1099,11 @@ def train(args):
             terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
             targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, advantages, targets)
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, targets, advantages)
             valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
             rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, _, b_targets = rows
+            *rows, b_advantages = rows
+            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_targets = rows
             b_values, b_learner_ratios = values[:-1][batch.valid], b_learner_log_ratios.exp()
 
             # OPTIMISE: minibatch updates of pi
@@ -1109,9 +1115,12 @@ def train(args):
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
-                for mb, mb_share in zip(minibatches, shares, strict=True):
+                advantages = [b_advantages.index_select(0, mb) for mb in minibatches]
+                if args.norm_adv:
+                    advantages = normalize(advantages, shares)
+                for mb, mb_advantages, mb_share in zip(minibatches, advantages, shares, strict=True):
                     mb_rows = (row.index_select(0, mb) for row in rows)
-                    loss, update = minibatch_loss(agent, args, kl_coef, mb_share, *mb_rows)
+                    loss, update = minibatch_loss(agent, args, kl_coef, mb_advantages, *mb_rows)
                     optimizer.zero_grad()
                     loss.backward()
                     average_gradients(agent, mb_share)

@@ -361,17 +361,14 @@ def vaco_loss(ratios, advantages, keep):
     return -torch.where(keep, ratios * advantages, 0).mean()
 
 
-def vaco_minibatch(agent, args, share, obs, actions, behavior_logprobs, learner_ratios, advantages, targets):
+def vaco_minibatch(agent, args, share, advantages, obs, actions, behavior_logprobs, learner_ratios, targets):
     """Forward pass of one gradient step: M valid rows of a batch, the `share` of this learner in the minibatch of all
     (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}."""
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
-    mean = partial(global_mean, share)  # over the minibatch of all learners
-    if args.norm_adv:
-        advantages = advantages - mean(advantages)
-        advantages = advantages / (mean(advantages.square()).sqrt() + 1e-8)
     anchor_ratios = learner_ratios if args.tv_anchor == "learner" else None
+    mean = partial(global_mean, share)  # over the minibatch of all learners
     keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, mean)
     keep = keep | (not args.filter)
     policy_loss = vaco_loss(ratios, advantages, keep)
@@ -743,6 +740,18 @@ def minibatch_shares(rows, num_minibatches, device):
     return (sizes / all_sum(sizes.clone())).to(device)
 
 
+def normalize(advantages, shares):
+    """Advantages of all minibatches of an epoch, [M] each: minus the mean, over the standard deviation of the minibatch
+    of all learners, in which this one's are a share each."""
+
+    def means(parts):
+        return all_sum(shares * torch.stack([part.mean() for part in parts]))
+
+    centred = [part - mean for part, mean in zip(advantages, means(advantages), strict=True)]
+    variances = means([part.square() for part in centred])
+    return [part / (variance.sqrt() + 1e-8) for part, variance in zip(centred, variances, strict=True)]
+
+
 def average_gradients(agent, share):
     """Replace the gradients of a minibatch's mean loss by their mean over all learners: one flat all-reduce."""
     if WORLD_SIZE > 1:
@@ -949,10 +958,11 @@ def train(args):
             settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
             targets, advantages = vtrace(aligned, rewards, values, terminated, dones, *settings)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), advantages, targets)
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), targets, advantages)
             valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
             rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, _, b_targets = rows
+            *rows, b_advantages = rows
+            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_targets = rows
             b_values = values[:-1][batch.valid]
 
             # FILTER: minibatch updates of pi
@@ -964,8 +974,12 @@ def train(args):
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
-                for mb, mb_share in zip(minibatches, shares, strict=True):
-                    loss, update = minibatch_loss(agent, args, mb_share, *(row.index_select(0, mb) for row in rows))
+                advantages = [b_advantages.index_select(0, mb) for mb in minibatches]
+                if args.norm_adv:
+                    advantages = normalize(advantages, shares)
+                for mb, mb_advantages, mb_share in zip(minibatches, advantages, shares, strict=True):
+                    mb_rows = (row.index_select(0, mb) for row in rows)
+                    loss, update = minibatch_loss(agent, args, mb_share, mb_advantages, *mb_rows)
                     optimizer.zero_grad()
                     loss.backward()
                     average_gradients(agent, mb_share)
