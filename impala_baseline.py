@@ -1077,7 +1077,7 @@ def train(args):
             columns = (batch.actions, batch.logprobs, rewards, terminated, dones, batch.valid)  # [T, N, ...]
             samples = sum(gather(len(b_learner_ratios)))  # of all learners
             share = len(b_learner_ratios) / samples
-            updates = []
+            updates, weights = [], []
             for _ in range(args.update_epochs):
                 minibatches = torch.randperm(len(dones[0])).to(device).chunk(args.num_minibatches)
                 sizes = torch.stack([batch.valid.index_select(1, mb).sum() for mb in minibatches])  # valid rows, and
@@ -1091,9 +1091,11 @@ def train(args):
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
+                    weights.append(size / total / share)  # 1 for a single learner
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
-            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
             with torch.no_grad():
                 final_logprobs = agent.evaluate(obs[:-1], batch.actions)[0]
                 final_ratios = (final_logprobs - batch.logprobs)[batch.valid].exp()  # [B], pi/beta

@@ -1127,7 +1127,7 @@ def train(args):
             optimizer.param_groups[0]["lr"] = lr
             samples = sum(gather(len(b_obs)))  # of all learners
             share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
-            updates = []
+            updates, weights = [], []
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
@@ -1143,12 +1143,14 @@ def train(args):
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
+                    weights.append(mb_share / share)  # 1 for a single learner
                 kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]])
                 if args.target_kl is not None and global_mean(share, kl) > args.target_kl:
                     break
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
-            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
             with torch.no_grad():
                 final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
                 final_ratios = final_log_ratios.exp()

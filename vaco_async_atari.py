@@ -979,7 +979,7 @@ def train(args):
             optimizer.param_groups[0]["lr"] = lr
             samples = sum(gather(len(b_obs)))  # of all learners
             share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
-            updates = []
+            updates, weights = [], []
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
@@ -995,9 +995,11 @@ def train(args):
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
+                    weights.append(mb_share / share)  # 1 for a single learner
 
             # PUBLISH the next version
-            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
             with torch.no_grad():
                 final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
             check_finite(f"in the batch after step {global_step}", means | agent.state_dict(), folder)

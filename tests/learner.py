@@ -10,6 +10,7 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,10 +23,16 @@ def kill_an_actor():
     os.kill(next(child.pid for child in mp.active_children() if child.name.startswith("actor")), signal.SIGKILL)
 
 
+def stop():
+    """For 20 s; torchrun would wait longer before it kills a learner that does not leave when told to."""
+    subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"], cwd="/", start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 DEEDS = {
     "kill an actor": kill_an_actor,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop": stop,
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
 

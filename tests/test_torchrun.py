@@ -101,14 +101,13 @@ ATARI = {
     "total_timesteps": 250,
 }
 CASES = {
-    "vaco_async_mujoco": [{"tv_threshold": 0.002}, UNEVEN | {"tv_threshold": 0.01}],
+    "vaco_async_mujoco": [UNEVEN | {"tv_threshold": 0.01}],
     "vaco_async_atari": [ATARI | {"tv_threshold": 0.002}],
     "ppo_async_baseline": [
-        {"objective": "kl", "kl_target": 1e-4},
         UNEVEN | {"objective": "kl", "kl_target": 1e-3},
         UNEVEN | {"target_kl": 2e-4, "update_epochs": 20},
     ],
-    "impala_baseline": [{}, UNEVEN, {"sum_loss": True, "learning_rate": 1e-4}],
+    "impala_baseline": [UNEVEN, {"sum_loss": True, "learning_rate": 1e-4}],
 }
 
 
@@ -151,9 +150,7 @@ def test_two_learners_are_one_with_the_data_of_both(script, changes, monkeypatch
     own = ("stats/", "charts/SPS", "losses/explained_variance", "lag/ess")  # the last two: means over learners
     for tag in curves:
         if not tag.startswith(own):
-            # Logged is the mean over learners of their means over minibatches, which weighs uneven rows a little unlike
-            bound = 5e-3 if tag == "losses/policy_loss" else 2e-4
-            assert logged[tag] == pytest.approx(curves[tag], rel=0.02, abs=bound), tag
+            assert logged[tag] == pytest.approx(curves[tag], rel=0.02, abs=2e-4), tag
 
 
 def test_the_same_learners_compute_the_same_again():
