@@ -1,0 +1,138 @@
+"""Run vaco_async_llm.py over methods, lags and seeds, one line of JSON per run, then draw a table and a figure.
+
+    python benchmark/llm.py --out results/llm_lag.jsonl --methods "vaco" "grpo" --lags 0 4 16 --seeds 1 2 3
+
+A method is an objective, with more flags if wanted: "vaco --tv-threshold 0.05". Resumable: runs that are recorded in
+the file are skipped. All runs of a seed begin with the same warm-started model, which is made once.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Args:
+    out: Path  # the file of results; table and figure get its name with .md and .png
+    methods: tuple[str, ...] = ("vaco", "grpo")
+    lags: tuple[int, ...] = (0, 4, 16)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    lag_schedule: str = "fixed"
+    steps: int = 150  # batches per run
+    flags: str = ""  # flags for all runs, as one string after a =: --flags="--eval-size 100"
+    folder: Path = REPOSITORY  # runs/ is there, with the warm-started models
+
+
+def command_of(method, lag, seed, args):
+    """The command line of one run, a list from the script's name on."""
+    parts = ["vaco_async_llm.py", "--seed", str(seed), "--total-batches", str(args.steps)]
+    parts += ["--lag-schedule", args.lag_schedule, "--lag", str(lag), *shlex.split(args.flags)]
+    return [*parts, "--objective", *shlex.split(method)]
+
+
+def run(command, folder):
+    """Run one command; returns what it has shown. Raises RuntimeError with the end of its output if it fails."""
+    line = [sys.executable, str(REPOSITORY / command[0]), *command[1:]]
+    result = subprocess.run(line, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError((result.stdout + result.stderr)[-2000:])
+    logs = re.findall(r"logs in (runs/\S+)", result.stdout)[-1]
+    events = EventAccumulator(str(Path(folder, logs)), size_guidance={"scalars": 0})
+    events.Reload()
+    curve = [(event.step, round(event.value, 4)) for event in events.Scalars("charts/accuracy")]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("lag/", "filter/", "charts/reward"))]
+    means = {tag: float(f"{np.mean([event.value for event in events.Scalars(tag)]):.5g}") for tag in tags}
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    return {
+        "accuracy": curve,
+        "metrics": means,
+        "commit": git.stdout.strip(),
+        "summary": result.stdout.splitlines()[-1],
+    }
+
+
+def table(records):
+    """Markdown: held-out accuracy before and after, per method and lag, over seeds."""
+    lines = ["| method | lag | seeds | before | after | change, each seed | TV on arrival | over budget | dropped |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for method, lag in dict.fromkeys((record["method"], record["lag"]) for record in records):
+        group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
+        before, after = (np.array([record["accuracy"][place][1] for record in group]) * 100 for place in (0, -1))
+        metrics = [np.mean([record["metrics"].get(tag, np.nan) for record in group])
+                   for tag in ("lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
+        changes = ", ".join(f"{change:+.1f}" for change in after - before)
+        shares = f"{metrics[0]:.4f} | {metrics[1]:.0%} | {metrics[2]:.0%}"
+        lines.append(
+            f"| {method} | {lag} | {len(group)} | {before.mean():.1f} | {after.mean():.1f} | {changes} | {shares} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(records, path):
+    """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean."""
+    lags, methods = (list(dict.fromkeys(record[key] for record in records)) for key in ("lag", "method"))
+    figure, panels = plt.subplots(1, len(lags), figsize=(4 * len(lags), 3.2), sharey=True, squeeze=False)
+    for panel, lag in zip(panels[0], lags, strict=True):
+        for color, method in enumerate(methods):
+            group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
+            for record in group:
+                panel.plot(*zip(*record["accuracy"], strict=True), color=f"C{color}", alpha=0.3, linewidth=1)
+            if group:
+                steps = [step for step, _ in group[0]["accuracy"]]
+                mean = np.mean([[value for _, value in record["accuracy"]] for record in group], axis=0)
+                panel.plot(steps, mean, color=f"C{color}", linewidth=2, label=method)
+        panel.set_title(f"lag {lag}")
+        panel.set_xlabel("batches")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("held-out accuracy, greedy")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(args):
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    records = {shlex.join(json.loads(line)["command"]): json.loads(line) for line in lines}
+    jobs = [(method, lag, seed) for seed in args.seeds for lag in args.lags for method in args.methods]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed, study = 0, {}
+    for method, lag, seed in tqdm(jobs, unit="run"):
+        command = command_of(method, lag, seed, args)
+        name = shlex.join(command)
+        if name not in records:
+            try:
+                shown = run(command, args.folder)
+            except RuntimeError as error:  # one bad run must not end the study
+                print(f"FAILED: {name}\n{error}", file=sys.stderr)
+                failed += 1
+                continue
+            records[name] = {"method": method, "lag": lag, "seed": seed, "command": command, **shown}
+            with open(args.out, "a") as file:
+                file.write(json.dumps(records[name]) + "\n")
+        study[name] = records[name]
+    if study:
+        ordered = sorted(study.values(), key=lambda r: (args.methods.index(r["method"]), r["lag"], r["seed"]))
+        args.out.with_suffix(".md").write_text(table(ordered) + "\n")
+        draw(ordered, args.out.with_suffix(".png"))
+        print(table(ordered))
+    if failed:
+        raise SystemExit(f"error: {failed} of {len(jobs)} runs failed (see above; the same command repeats them)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

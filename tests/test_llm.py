@@ -1,0 +1,520 @@
+"""The language-model script: tokens, masks, groups, filter, verifier, whole runs, and wrong input."""
+
+import json
+import math
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vaco_async_llm
+from vaco_async_llm import (
+    Actors,
+    Agent,
+    Args,
+    Completions,
+    Problems,
+    UsageError,
+    collect_rollout,
+    group_advantages,
+    last_number,
+    llm_minibatch,
+    load_model,
+    train,
+    validate,
+    warm_start,
+)
+
+needed = {"reason": "needs pip install -r requirements-llm.txt"}
+transformers = pytest.importorskip("transformers", **needed)
+pytest.importorskip("reasoning_gym", **needed)
+
+SMALL = Args(
+    prompts_per_rollout=6,
+    group_size=4,
+    total_batches=5,
+    eval_interval=2,
+    eval_size=20,
+    num_minibatches=2,
+    lag_schedule="fixed",
+)
+
+
+def make_agent(args):
+    """(Problems, Agent), before training."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    problems = Problems(args)
+    model, tokenizer = load_model(args, problems)
+    agent = Agent(model.config, model.generation_config, tokenizer, args)
+    agent.model.load_state_dict(model.state_dict())
+    return problems, agent
+
+
+@pytest.fixture(scope="session")
+def warm_model(tmp_path_factory):
+    """A folder with a tiny model that solves some problems, but not all."""
+    folder = tmp_path_factory.mktemp("warm")
+    before = os.getcwd()
+    os.chdir(folder)
+    problems, agent = make_agent(SMALL)
+    warm_start(replace(SMALL, warm_start_batches=40), agent, problems)
+    os.chdir(before)
+    agent.model.save_pretrained(folder / "model")
+    agent.tokenizer.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def read_run():
+    """The curves of the only run here, {tag: [values]}, and its folder."""
+    (run,) = (path for path in Path("runs").iterdir() if path.name != "warm_starts")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, run
+
+
+def collected(agent, problems, args, rollouts=(0,)):
+    """A batch of some rollouts, through the slots."""
+    completions = Completions(args, len(rollouts))
+    for slot, rollout in enumerate(rollouts):
+        completions.rollout[slot] = rollout
+        collect_rollout(args, agent, problems, completions, slot)
+    return completions.batch(list(range(len(rollouts))), "cpu")
+
+
+def rows_of(batch, advantages):
+    return batch.prompts, batch.prompt_mask, batch.tokens, batch.mask, batch.logprobs, advantages
+
+
+@pytest.fixture(scope="session")
+def gpt2_model(tmp_path_factory):
+    """A folder with a model that tells positions apart, which Llama does not as long as distances are the same."""
+    folder = str(tmp_path_factory.mktemp("gpt2"))
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    settings = {
+        "vocab_size": 259,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 512,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    settings |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("model", "temperature", "top_k"), [("warm", 1.0, 0), ("warm", 0.7, 5), ("gpt2", 1.0, 0)])
+def test_zero_lag_ratio_is_one(model, temperature, top_k, request):
+    """Per token, with prompts and completions of different lengths, in two rollouts with different padding; and the
+    same numbers come from one sequence at a time without any padding, cache or mask."""
+    task_config = json.dumps({"min_terms": 2, "max_terms": 5, "min_digits": 1, "max_digits": 4})
+    model = request.getfixturevalue(f"{model}_model")
+    args = replace(SMALL, model=model, temperature=temperature, top_k=top_k, task_config=task_config)
+    problems, agent = make_agent(args)
+    agent.model.generation_config.eos_token_id += list(range(50, 60))  # some completions end early, whatever the model
+    batch = collected(agent, problems, args, rollouts=(0, 3))
+    lengths = batch.mask.sum(1)
+    assert lengths.min() < lengths.max() and len(set(batch.prompt_mask.sum(1).tolist())) > 2
+    logprobs = agent.get_logprobs(3, batch.prompts, batch.prompt_mask, batch.tokens, batch.mask)
+    assert (logprobs - batch.logprobs)[batch.mask].abs().max() < 1e-4
+    for i in range(0, 48, 7):
+        prompt, length = batch.prompts[i][batch.prompt_mask[i]], lengths[i]
+        sequence = torch.cat([prompt, batch.tokens[i, :length]])
+        with torch.no_grad():
+            logits = agent.model(input_ids=sequence[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        if top_k:
+            allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(top_k).indices, True)
+            logits = logits.masked_fill(~allowed, -1e9)
+        expected = torch.distributions.Categorical(logits=logits).log_prob(batch.tokens[i, :length])
+        torch.testing.assert_close(batch.logprobs[i, :length], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 5)])
+def test_tokens_are_drawn_with_the_probabilities_that_are_recorded(temperature, top_k, warm_model):
+    args = replace(SMALL, model=warm_model, temperature=temperature, top_k=top_k, max_new_tokens=1)
+    _, agent = make_agent(args)
+    prompts, prompt_mask = agent.encode(["1 + 1 ="])
+    tokens, logprobs, _ = agent.generate(prompts.expand(5000, -1), prompt_mask.expand(5000, -1))
+    total = 0
+    for token in tokens.unique():
+        drawn = tokens == token
+        total += logprobs[drawn][0].exp()
+        assert drawn.float().mean() == pytest.approx(logprobs[drawn][0].exp().item(), abs=0.03)
+    assert len(tokens.unique()) == 5 if top_k else len(tokens.unique()) > 5
+    assert total == pytest.approx(1, abs=0.02)
+
+
+def test_completions_end_with_the_first_stop_token_or_are_cut():
+    problems, agent = make_agent(SMALL)
+    stops = [agent.tokenizer.eos_token_id, *range(20, 100)]  # so that many end, at different places
+    agent.model.generation_config.eos_token_id = stops
+    batch = collected(agent, problems, SMALL)
+    assert 0 < batch.mask.sum(1).min() < batch.mask.sum(1).max() <= SMALL.max_new_tokens
+    for tokens, mask in zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True):
+        end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
+        assert mask == [t < end for t in range(len(tokens))]
+    prompts = agent.decode(batch.prompts, batch.prompt_mask)
+    expected = [problems[i // 4]["question"] + "\n" for i in range(24)]
+    assert prompts == expected  # nothing of a prompt is lost, and groups stay together
+
+
+def test_what_the_mask_excludes_changes_nothing(warm_model):
+    problems, agent = make_agent(replace(SMALL, model=warm_model))
+    batch = collected(agent, problems, SMALL)
+    advantages = torch.randn(24)
+    assert not batch.mask.all() and not batch.prompt_mask.all()
+
+    def gradients():
+        agent.zero_grad()
+        loss, logs = llm_minibatch(agent, SMALL, *rows_of(batch, advantages), reference_logprobs=batch.logprobs - 0.1)
+        loss.backward()
+        return [loss.detach(), *logs.values(), *(parameter.grad.clone() for parameter in agent.parameters())]
+
+    clean = gradients()
+    batch.prompts[~batch.prompt_mask], batch.tokens[~batch.mask] = 50, 51
+    batch.logprobs[~batch.mask] = -7.0
+    for before, after in zip(clean, gradients(), strict=True):
+        torch.testing.assert_close(before, after, atol=1e-6, rtol=1e-4)
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([1.0, 0, 0, 1, 0.5, 0.5, 0.5, 0.5, 1, 0, 0, 0])
+    advantages, without_variance = group_advantages(rewards, 4)
+    third = [0.75 / (3**0.5 / 4), *[-0.25 / (3**0.5 / 4)] * 3]
+    torch.testing.assert_close(advantages, torch.tensor([1.0, -1, -1, 1, 0, 0, 0, 0, *third]), atol=1e-4, rtol=1e-4)
+    assert without_variance == pytest.approx(1 / 3)
+
+
+class FixedAgent:
+    """Gives the log-probabilities it is told to."""
+
+    def __init__(self, logprobs):
+        self.logprobs = logprobs
+
+    def evaluate(self, *_):
+        return self.logprobs, torch.ones_like(self.logprobs)
+
+
+RATIOS = torch.tensor([[1.5, 1.1, 9.0], [0.5, 1.0, 1.3]])  # the 9 is outside the mask
+MASK = torch.tensor([[True, True, False], [True, True, True]])
+ADVANTAGES = torch.tensor([1.0, -2.0])  # D = 1/2 (.5 + .1 + .5 + 0 + .3) / 5 = 0.14
+
+
+def minibatch_by_hand(args, reference_logprobs=None):
+    logprobs = (RATIOS.log() - 1).requires_grad_()
+    inputs = (None, None, None, MASK, torch.full((2, 3), -1.0), ADVANTAGES, reference_logprobs)
+    loss, logs = llm_minibatch(FixedAgent(logprobs), args, *inputs)
+    loss.backward()
+    return loss.item(), logprobs.grad, {name: value.item() for name, value in logs.items()}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "kept"),
+    [
+        (0.141, [[1, 1, 0], [1, 1, 1]]),  # under the budget: all tokens of the mask
+        (0.139, [[0, 0, 0], [0, 1, 1]]),  # over it: of A (r - 1) = .5 .1; 1 0 -.6 those that are not positive
+    ],
+)
+def test_filter_by_hand_over_tokens(threshold, kept):
+    loss, gradient, logs = minibatch_by_hand(Args(tv_threshold=threshold))
+    kept = torch.tensor(kept)
+    terms = RATIOS * ADVANTAGES[:, None] * kept
+    assert loss == pytest.approx(-terms.sum().item() / 5)
+    torch.testing.assert_close(gradient, -terms / 5)
+    assert logs["filter/gate_open"] == (threshold < 0.14)
+    assert logs["filter/dropped"] == pytest.approx(1 - kept.sum().item() / 5)
+
+
+def test_grpo_by_hand_over_tokens():
+    loss, gradient, logs = minibatch_by_hand(Args(objective="grpo", clip_coef=0.2))
+    # A > 0: 1.5 is clipped at 1.2; A < 0: 0.5 is clipped at 0.8
+    assert loss == pytest.approx(-(1.2 + 1.1 - 2 * (0.8 + 1.0 + 1.3)) / 5)
+    expected = -torch.tensor([[0, 1.1, 0], [0, -2.0, -2.6]]) / 5
+    torch.testing.assert_close(gradient, expected)
+    assert logs["filter/dropped"] == pytest.approx(2 / 5)
+
+
+def test_reference_kl_by_hand():
+    """The estimator k3, exp(d) - 1 - d with d = log reference - log pi, over the tokens of the mask."""
+    difference = torch.tensor([[0.3, -0.2, 5.0], [0.0, 0.1, -0.4]])
+    args = Args(tv_threshold=1, kl_coef=0.5)
+    plain, _, _ = minibatch_by_hand(args)
+    loss, _, logs = minibatch_by_hand(args, reference_logprobs=RATIOS.log() - 1 + difference)
+    expected = np.mean([math.exp(d) - 1 - d for d in (0.3, -0.2, 0.0, 0.1, -0.4)])
+    assert logs["losses/reference_kl"] == pytest.approx(expected, rel=1e-4)
+    assert loss == pytest.approx(plain + 0.5 * expected, rel=1e-4)
+
+
+def test_a_token_that_truncation_excludes_now_has_no_gradient():
+    args = replace(SMALL, top_k=1, group_size=2)
+    _, agent = make_agent(args)
+    prompts, prompt_mask = agent.encode(["1 + 1 ="])
+    with torch.no_grad():
+        greedy, _, mask = agent.generate(prompts, prompt_mask, sample=False)
+    tokens = (greedy + 1) % 90  # none of them is the most likely one
+    logprobs = torch.full(tokens.shape, -1.0)
+    loss, logs = llm_minibatch(agent, args, prompts, prompt_mask, tokens, mask, logprobs, torch.ones(1))
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in agent.parameters())
+    assert max(parameter.grad.abs().max() for parameter in agent.parameters()) < 1e-6
+    assert all(math.isfinite(value) for value in logs.values())
+
+
+def test_verifier_on_known_answers():
+    problems = Problems(Args(eval_size=3))
+    entry = {"question": "", "answer": "12", "metadata": {}}
+    for text in ("12", " 12\n", "12.0", "The sum is 12.", "3 + 9 = 12", "<answer>12</answer> or 13", "+12"):
+        assert problems.score(text, entry) == 1, text
+    for text in ("", "13", "-12", "12 or 13", "<answer>13</answer> 12", "<answer></answer> 12", "twelve"):
+        assert problems.score(text, entry) < 1, text
+    assert problems.score("5 - 8 is -3", {"question": "", "answer": "-3", "metadata": {}}) == 1
+    words = Problems(Args(task="letter_counting", eval_size=3))
+    assert words.score(words.test[0]["answer"], words.test[0]) == 1
+
+
+def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_model):
+    """Solved means what it means in `accuracy`: by the most likely completion."""
+    args = replace(SMALL, model=warm_model, warm_start_batches=1)
+    problems, agent = make_agent(args)
+    entries = [problems[number] for number in range(2**19, 2**19 + 128)]
+    tokens, _, mask = agent.generate(*agent.encode([entry["question"] for entry in entries]), sample=False)
+    answers = agent.decode(tokens, mask)
+    share = np.mean([answer == entry["answer"] for answer, entry in zip(answers, entries, strict=True)])
+    assert 0 < share < 1
+    before = agent.model.model.norm.weight.clone()
+    warm_start(replace(args, warm_start_accuracy=share), agent, problems)
+    assert torch.equal(agent.model.model.norm.weight, before)
+    warm_start(replace(args, warm_start_accuracy=share + 0.004), agent, problems)
+    assert not torch.equal(agent.model.model.norm.weight, before)
+
+
+def test_numbers_are_read_as_in_gsm8k():
+    texts = {"#### 1,250": "1250", "$3.50 in all.": "3.50", "no": "", "5-7 = -2.": "-2", "4.0": "4", "1 then 2": "2"}
+    assert {text: last_number(text) for text in texts} == texts
+
+
+def test_gsm8k_through_datasets(monkeypatch):
+    splits = {
+        "train": [{"question": f"q{i}", "answer": f"so\n#### {i}"} for i in range(9)],
+        "test": [{"question": "t", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"}],
+    }
+    fake = SimpleNamespace(load_dataset=lambda path, name, split: splits[split])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    problems = Problems(Args(task="gsm8k"))
+    assert {problems[number]["answer"] for number in range(9)} == set("012345678")
+    assert problems.score("It is $1,200.", problems.test[0]) == 1 and problems.score("1200 or 5", problems.test[0]) == 0
+
+    fake.load_dataset = lambda *_, **__: 1 / 0
+    with pytest.raises(UsageError, match=r"^--task gsm8k: its data is not there, .*: division by zero$"):
+        Problems(Args(task="gsm8k"))
+
+
+def test_gsm8k_from_files_in_its_format():
+    """Through the real library, which takes a local folder of this name for the data set."""
+    pytest.importorskip("datasets", reason="optional: needs pip install datasets")
+    folder = Path("openai/gsm8k")
+    folder.mkdir(parents=True)
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
+    folder.joinpath("README.md").write_text(
+        f"---\nconfigs: {json.dumps([{'config_name': 'main', 'data_files': files}])}\n---\n"
+    )
+    for split, first in (("train", 0), ("test", 90)):
+        rows = [
+            {
+                "question": f"Ann has {i} figs and buys 2. How many now?",
+                "answer": f"{i}+2=<<{i}+2={i + 2}>>\n#### {i + 2}",
+            }
+            for i in range(first, first + 12)
+        ]
+        folder.joinpath(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = Problems(Args(task="gsm8k", eval_size=5))
+    assert len(problems.test) == 5 and {problems[number]["answer"] for number in range(12)} == set(
+        map(str, range(2, 14))
+    )
+    assert problems.score("90 + 2 = 92", problems.test[0]) == 1 > problems.score("91", problems.test[0])
+
+
+def test_training_and_test_problems_are_disjoint():
+    args = Args(eval_size=300)
+    problems, other = Problems(args), Problems(replace(args, seed=2))
+    held_out = {entry["question"] for entry in problems.test}
+    questions = [problems[number]["question"] for number in range(1000)]
+    assert not held_out & set(questions)
+    assert any(problems.train[number]["question"] in held_out for number in range(1000))  # they had to be passed over
+    assert questions == [problems[number]["question"] for number in range(1000)]
+    assert questions != [other[number]["question"] for number in range(1000)]
+    assert [entry["question"] for entry in other.test] == [entry["question"] for entry in problems.test]
+
+
+def test_a_step_makes_good_answers_likelier(warm_model):
+    problems, agent = make_agent(replace(SMALL, model=warm_model))
+    batch = collected(agent, problems, replace(SMALL, group_size=16), rollouts=range(4))
+    advantages, without_variance = group_advantages(batch.rewards, 16)
+    assert without_variance < 1
+    rows = rows_of(batch, advantages)
+    for objective in ("vaco", "grpo"):
+        agent.zero_grad()
+        loss, _ = llm_minibatch(agent, replace(SMALL, objective=objective), *rows)
+        loss.backward()
+        moved = Agent(agent.model.config, agent.model.generation_config, agent.tokenizer, SMALL)
+        moved.load_state_dict(agent.state_dict())
+        with torch.no_grad():
+            for parameter, trained in zip(moved.parameters(), agent.parameters(), strict=True):
+                parameter.sub_(0.1 * trained.grad)
+            change = (moved.evaluate(*rows[:4])[0] - batch.logprobs) * batch.mask
+        assert (change.sum(1) * advantages).sum() > 0
+
+
+@pytest.mark.parametrize(("schedule", "lag"), [("async", 0), ("mixture", 2)])
+def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, capsys):
+    args = replace(SMALL, model=warm_model, lag_schedule=schedule, lag=lag, num_actors=2)
+    agent = train(replace(args, kl_coef=0.01, warmup_batches=3, top_k=3 * lag))
+    assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
+    curves, _ = read_run()
+    expected = {
+        "charts": {"accuracy", "reward", "completion_length", "learning_rate", "tokens_per_second"},
+        "losses": {"policy_loss", "entropy", "old_approx_kl", "approx_kl", "grad_norm", "reference_kl"},
+        "lag": {"versions_mean", "versions_max", "tv_backward", "tv_forward", "tv_total", "ess"},
+        "filter": {"gate_open", "dropped", "groups_without_variance"},
+        "stats": {"actor_wait", "learner_wait", "rollout_time", "update_time", "queue_size", "actor_restarts"},
+    }
+    assert {tag for tag in curves if "/" in tag} == {
+        f"{group}/{name}" for group in expected for name in expected[group]
+    }
+    assert all(math.isfinite(value) for tag in curves for value in curves[tag])
+    rates = [args.learning_rate * (1 - batch / 5) * min((batch + 1) / 3, 1) for batch in range(5)]
+    assert curves["charts/learning_rate"] == pytest.approx(rates)
+    assert len(curves["charts/reward"]) == 5 and len(curves["charts/accuracy"]) == 4  # before, after 2, 4 and 5
+    assert max(curves["lag/versions_max"]) <= lag or schedule == "async"
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert "accuracy" in summary and "->" in summary and "waited" in summary
+    assert not mp.active_children()
+
+
+def test_fixed_lag_is_exact_and_reproducible_whatever_happens(warm_model, monkeypatch, capsys):
+    """Bit-equal with one actor and with three, and if the run is interrupted and goes on with two, of which one is
+    killed: problems and noise follow from the rollout's number alone, and a checkpoint has all that training needs."""
+    args = replace(SMALL, model=warm_model, lag=2, rollouts_per_batch=2, prompts_per_rollout=12, kl_coef=0.01)
+    args = replace(args, learning_rate=1e-3, warmup_batches=0)
+    agent = train(args)
+    expected = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    start = transformers.AutoModelForCausalLM.from_pretrained(warm_model).state_dict()
+    assert not torch.equal(start["model.norm.weight"], expected["model.model.norm.weight"])
+    curves, run = read_run()
+    run.rename("one actor")
+    assert curves["lag/versions_mean"] == curves["lag/versions_max"] == [0, 1, 2, 2, 2]
+    assert curves["lag/tv_backward"][0] < 1e-4 < curves["lag/tv_backward"][2]
+
+    issue, killed = Actors.issue, []
+
+    def issue_and_disturb(self, newest, freed=()):
+        issue(self, newest, freed)
+        if newest == 3 and not self.args.resume:
+            self.end = KeyboardInterrupt()
+        if self.args.resume and not killed:
+            killed.append(os.kill(self.processes[0].pid, signal.SIGKILL))
+
+    monkeypatch.setattr(Actors, "issue", issue_and_disturb)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(args, num_actors=3))
+    _, run = read_run()
+    assert f"stopped at batch 3; --resume {run} goes on from there" in capsys.readouterr().err
+    state = train(replace(args, num_actors=2, resume=str(run))).state_dict()
+    assert "actor 0 has died: SIGKILL" in capsys.readouterr().err
+    assert all(torch.equal(expected[name], state[name]) for name in expected)
+    again, _ = read_run()
+    for name in ("charts/accuracy", "charts/reward", "lag/tv_total", "losses/policy_loss"):
+        assert again[name] == curves[name]
+    with pytest.raises(UsageError, match=r"^--lag 1: the checkpoint's is 2; leave the flag out"):
+        train(replace(args, total_batches=9, lag=1, resume=str(run)))
+
+
+def test_groups_without_variance_give_no_gradient(warm_model, monkeypatch):
+    """The actors see a task that pays the same for everything."""
+    monkeypatch.setattr(
+        vaco_async_llm, "group_advantages", lambda rewards, size: group_advantages(rewards * 0 + 1, size)
+    )
+    state = train(replace(SMALL, model=warm_model, total_batches=2)).state_dict()
+    start = transformers.AutoModelForCausalLM.from_pretrained(warm_model).state_dict()
+    assert all(torch.equal(start[name], state[f"model.{name}"]) for name in start)
+    curves, _ = read_run()
+    assert curves["filter/groups_without_variance"] == [1, 1]
+
+
+def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
+    agent = train(replace(SMALL, warm_start_batches=2, total_batches=1, save_model=True))
+    _, run = read_run()
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    problems = Problems(SMALL)
+    chat = [{"role": "user", "content": problems.test[0]["question"]}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    settings = {"max_new_tokens": SMALL.max_new_tokens, "do_sample": False}
+    ids = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **settings)[
+        0, inputs.input_ids.shape[1] :
+    ]
+    tokens, _, mask = agent.generate(*agent.encode([problems.test[0]["question"]]), sample=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == agent.decode(tokens, mask)[0]
+    assert os.listdir("runs/warm_starts")
+
+
+BAD = [
+    ({"task": "chain_some"}, "--task chain_some: no task of reasoning-gym, and not gsm8k; closest: chain_sum"),
+    ({"task_config": "{"}, "--task-config {: chain_sum does not take it"),
+    ({"task_config": '{"terms": 2}'}, "does not take it"),
+    ({"model": "no/such/folder.gguf"}, "--model no/such/folder.gguf: there is no such file"),
+    ({"lag": 4, "lag_schedule": "async"}, "type --lag-schedule fixed"),
+    ({"group_size": 1}, "--group-size 1: must be a number from 2 to"),
+    ({"temperature": 0.0}, "--temperature 0.0: must be a number from 0.001 to"),
+    ({"num_minibatches": 100}, "--num-minibatches 100: more than the 24 completions of a batch"),
+    ({"actor_device": "cuda"}, "type --actor-device cpu"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), BAD, ids=lambda part: str(part)[:40])
+def test_wrong_flags_are_named_and_nothing_is_started(flags, expected):
+    with pytest.raises(UsageError) as caught:
+        train(replace(SMALL, **flags))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not mp.active_children() and not os.path.exists("runs")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def importing(package):
+        if package == hidden:
+            raise ImportError(package)
+
+    monkeypatch.setattr(vaco_async_llm.importlib, "import_module", importing)
+    for hidden, flags in {"reasoning_gym": {}, "datasets": {"task": "gsm8k"}, "gguf": {"model": "m.gguf"}}.items():
+        with pytest.raises(UsageError, match=f"needs the package {hidden.replace('_', '-')}; type pip install"):
+            validate(Args(**flags))
+    hidden = None
+    validate(Args())
+
+
+@pytest.mark.parametrize("how", ["model", "task", "package"])
+def test_the_program_says_it_in_one_line_and_exits_with_2(how):
+    flags = {"model": ["--model", "no-such-folder/model"], "task": ["--task", "chain_some"], "package": []}[how]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if how == "package":
+        Path("reasoning_gym").mkdir()  # a package that cannot be imported hides the real one
+        Path("reasoning_gym/__init__.py").write_text("raise ImportError('not here')")
+        environment["PYTHONPATH"] = "."
+    command = [sys.executable, REPOSITORY / "vaco_async_llm.py", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 2 and not result.stdout, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: --"), result.stderr
