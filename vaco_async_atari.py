@@ -504,13 +504,19 @@ def actor_seed(args, index, generation=0):
 def ticket_version(args, rollout):
     """The policy version that must collect a rollout (counted from 0): the definition of the lag schedules. The draws
     of `mixture` depend on seed and rollout alone; early on they are uniform over the versions that exist."""
-    batch, place = divmod(rollout, args.rollouts_per_batch)
-    rollout = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place  # counted over all learners
+    batch = rollout // args.rollouts_per_batch
     if args.lag_schedule == "async":
         return LATEST
     if args.lag_schedule == "fixed":
         return max(batch - args.lag, 0)
-    return batch - int(np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1))
+    draw = np.random.default_rng((args.seed, global_rollout(args, rollout)))
+    return batch - int(draw.integers(min(args.lag, batch) + 1))
+
+
+def global_rollout(args, rollout):
+    """The number of a rollout of this learner, counted over all learners: those of a batch follow one another."""
+    batch, place = divmod(rollout, args.rollouts_per_batch)
+    return (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
 
 
 class Actors:
@@ -691,13 +697,13 @@ def job_store(args):
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=args.learner_timeout)))[0]
 
 
-def run_folder(args):
+def run_folder(args, subject):
     """The folder of this run, and where to resume from: "" to begin. Raises UsageError if learners have other flags."""
     for flags in gather(vars(args)):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
-    name = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    name = f"runs/{subject.replace('/', '-')}__{args.exp_name}__{args.seed}"
     folder, resume = f"{name}__{int(time.time())}", args.resume
     if WORLD_SIZE > 1 and RANK == 0:
         store = job_store(args)
@@ -891,7 +897,7 @@ def train(args):
     flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
     validate(args)
     connect(args)
-    folder, resume = run_folder(args)
+    folder, resume = run_folder(args, args.env_id)
     if resume:
         folder, saved = load_checkpoint(resume)
         check_resume(args, saved)

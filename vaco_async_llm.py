@@ -21,6 +21,7 @@ budget, the gradients that would raise it are dropped. No clipping.
 
 import contextlib
 import copy
+import ctypes
 import difflib
 import hashlib
 import importlib
@@ -39,6 +40,7 @@ import traceback
 import zipfile
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -47,6 +49,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -57,6 +60,9 @@ with contextlib.suppress(ImportError):  # `validate` says what is missing
     import transformers
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+# Set by torchrun: which of several learners this is, of all and on this host, and how many there are
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 NUM_PROBLEMS = 2**20  # of a procedural task, for training; then they come again
 
 
@@ -97,10 +103,13 @@ class Args:
     resume: str = ""
     actor_timeout: float = 600.0  # seconds after which an actor that sends nothing counts as stuck
     max_actor_restarts: int = 10  # actors that died, failed or got stuck are started again, this often in total
+    # under torchrun: seconds after which a learner that does not answer ends the run; warm start, evaluation and
+    # replacing actors take long, too
+    learner_timeout: float = 1800.0
 
     # Actors decide how old the data is when it arrives (backward lag)
 
-    num_actors: int = 1  # generating processes; free running, data is about num_actors / rollouts_per_batch batches old
+    num_actors: int = 1  # generating processes (per learner); data is about num_actors / rollouts_per_batch batches old
     prompts_per_rollout: int = 64  # problems per rollout
     group_size: int = 4  # completions per problem, whose rewards are compared with one another
     rollouts_per_batch: int = 1  # rollouts per batch, of prompts_per_rollout * group_size completions each
@@ -136,7 +145,7 @@ class RunError(RuntimeError):
 def tell(text):
     """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
 
 
 def check(args, name, holds, advice):
@@ -150,7 +159,7 @@ def validate(args):
     lowest = dict.fromkeys(("learner_threads", "max_prompt_tokens", "max_new_tokens", "eval_interval", "eval_size"), 1)
     lowest |= dict.fromkeys(("num_actors", "prompts_per_rollout", "rollouts_per_batch", "num_minibatches"), 1)
     lowest |= {"update_epochs": 1, "group_size": 2, "temperature": 1e-3, "max_grad_norm": 1e-9, "actor_timeout": 1}
-    lowest["total_batches"] = 1
+    lowest |= {"total_batches": 1, "learner_timeout": 1}
     highest = {"seed": 2**31 - 1, "actor_nice": 19, "num_actors": 256, "lag": 10_000, "eval_size": 10_000}
     highest |= {"learner_threads": 1024, "prompts_per_rollout": 4096, "group_size": 1024, "rollouts_per_batch": 1024}
     highest |= {"max_prompt_tokens": 2**17, "max_new_tokens": 2**17, "warm_start_accuracy": 1}
@@ -158,6 +167,9 @@ def validate(args):
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
+    check(args, "cuda", not gpus or gpus >= here, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
@@ -412,7 +424,7 @@ def group_advantages(rewards, group_size):
     return advantages.masked_fill(same, 0).flatten(), same.float().mean().item()
 
 
-def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
+def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None, mean=torch.mean):
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
         D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
@@ -424,10 +436,11 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None):
 
     Takes valid rows only: ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since normalising
     changes signs; the budget on D, the 1/2 included; anchor_ratios pi_T/beta [M], to measure from the learner's policy
-    pi_T, where None is 1, the behaviour policy. Returns keep [M], boolean, and tv, the scalar tensor D.
+    pi_T, where None is 1, the behaviour policy; mean, how to average over a minibatch that several learners share.
+    Returns keep [M], boolean, and tv, the scalar tensor D.
     """
     moved = ratios - (1 if anchor_ratios is None else anchor_ratios)
-    tv = 0.5 * moved.abs().mean()
+    tv = 0.5 * mean(moved.abs())
     return (tv <= tv_threshold) | (advantages * moved <= 0), tv
 
 
@@ -442,16 +455,18 @@ def clip_loss(ratios, advantages, clip_coef):
 
 
 def llm_minibatch(
-    agent, args, prompts, prompt_mask, tokens, mask, behavior_logprobs, advantages, reference_logprobs=None
+    agent, args, share, prompts, prompt_mask, tokens, mask, behavior_logprobs, advantages, reference_logprobs=None
 ):
-    """Forward pass of one gradient step: M completions of a batch -> loss (scalar), {what is logged: scalar tensor}.
-    All means are over tokens within the mask."""
+    """Forward pass of one gradient step: M completions of a batch, which have the `share` of this learner in the tokens
+    of the minibatch of all (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}. All means are over
+    tokens within the mask."""
     newlogprobs, entropies = agent.evaluate(prompts, prompt_mask, tokens, mask)  # [M, L]
     newlogprobs = newlogprobs[mask]  # [K], as all that follows
     log_ratios = log_ratio(newlogprobs, behavior_logprobs[mask])
     ratios = log_ratios.exp()  # pi/beta
     advantages = advantages.unsqueeze(1).expand_as(mask)[mask]
-    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold)
+    mean = partial(global_mean, share)  # over the minibatch of all learners
+    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, mean=mean)
     if args.objective == "vaco":
         policy_loss = vaco_loss(ratios, advantages, keep)
     else:
@@ -574,7 +589,8 @@ actor = generation_actor  # what `Actors` starts
 
 def collect_rollout(args, agent, problems, completions, slot):
     """Generate and score the completions of one slot. Problems and noise depend on seed and rollout number alone."""
-    rollout, n, device = completions.rollout[slot].item(), args.prompts_per_rollout, args.actor_device
+    rollout = global_rollout(args, completions.rollout[slot].item())
+    n, device = args.prompts_per_rollout, args.actor_device
     torch.manual_seed(int(np.random.default_rng((args.seed, rollout, 1)).integers(2**63)))
     entries = [problems[number] for number in range(rollout * n, (rollout + 1) * n) for _ in range(args.group_size)]
     prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
@@ -597,7 +613,8 @@ def ticket_version(args, rollout):
         return LATEST
     if args.lag_schedule == "fixed":
         return max(batch - args.lag, 0)
-    return batch - int(np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1))
+    draw = np.random.default_rng((args.seed, global_rollout(args, rollout)))
+    return batch - int(draw.integers(min(args.lag, batch) + 1))
 
 
 class Actors:
@@ -615,7 +632,7 @@ class Actors:
     def __init__(self, args, slots_per_actor, version=0):
         N, done = args.num_actors, version * args.rollouts_per_batch  # rollouts of the batches before `version`
         self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, done
-        self.first_version, self.restarts, self.end, self.handlers = version, 0, None, {}
+        self.first_version, self.restarts, self.end, self.signalled, self.handlers = version, 0, None, 0.0, {}
         self.issued = [len(range(index, done, N)) for index in range(N)]  # tickets given to each actor so far
         self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
         self.finished = {}  # place in the order of training -> what the actor sent
@@ -645,10 +662,11 @@ class Actors:
         if number == signal.SIGCONT:  # the job was suspended: that actors sent nothing for long means nothing
             self.heard = [time.perf_counter()] * len(self.heard)
             return
-        end = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-        if self.end:
+        end, now = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number), time.perf_counter()
+        if not self.end:
+            self.end, self.signalled = end, now
+        elif now > self.signalled + 1:  # else it is the same one, from a scheduler and from torchrun
             raise end
-        self.end = end
 
     def launch(self, index, pause=0):
         """Start an actor, which waits for `pause` seconds first, and send it the tickets that its predecessor left."""
@@ -756,37 +774,121 @@ class Actors:
             signal.signal(number, handler)
 
 
-def check_finite(place, values, folder):
-    """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
-    broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
-    if broken:
-        kept = f"{folder}/checkpoint.pt"
-        kept = kept if os.path.exists(kept) else "there is none"
-        raise RunError(f"not finite {place}: {', '.join(broken)}; the last good checkpoint: {kept}")
+def global_rollout(args, rollout):
+    """The number of a rollout of this learner, counted over all learners: those of a batch follow one another."""
+    batch, place = divmod(rollout, args.rollouts_per_batch)
+    return (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
 
 
-def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
-    """Write all that a run needs to go on to `folder`/checkpoint.pt, which is whole at every moment: the old one or the
-    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. Raises RunError."""
-    state = {"script": os.path.basename(__file__), "args": vars(args), "rng": torch.get_rng_state()}
-    state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
-    state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
-    content, path = io.BytesIO(), f"{folder}/checkpoint.pt"
-    torch.save(state | counters, content)
+def connect(args):
+    """Join the other learners, where torchrun has started several. Raises RunError if one does not come."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: leave with torchrun, however it ends
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        gpus = args.cuda and torch.cuda.is_available()
+        if gpus:
+            torch.cuda.set_device(LOCAL_RANK)
+        with exchange():
+            store = job_store(args)
+            # Learners that were started again must not find the addresses of those before
+            store = dist.PrefixStore(f"attempt {store.add(f'attempts of {RANK}', 1)}", store)
+            timeout = timedelta(seconds=args.learner_timeout)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", None, timeout, WORLD_SIZE, RANK, store)
+
+
+def job_store(args):
+    """What all learners share, also with those before them that torchrun has started again."""
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=args.learner_timeout)))[0]
+
+
+def run_folder(args, subject):
+    """The folder of this run, and where to resume from: "" to begin. Raises UsageError if learners have other flags."""
+    for flags in gather(vars(args)):
+        for name, value in flags.items():
+            advice = f"another learner has {value}; all must have the same flags"
+            check(args, name, value == getattr(args, name), advice)
+    name = f"runs/{subject.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    folder, resume = f"{name}__{int(time.time())}", args.resume
+    if WORLD_SIZE > 1 and RANK == 0:
+        store = job_store(args)
+        if store.add(f"starts of {name}", 1) > 1 and not resume:
+            folder = store.get(f"folder of {name}").decode()
+            resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else ""
+            tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
+        store.set(f"folder of {name}", folder)
+    return from_first((folder, resume))
+
+
+@contextlib.contextmanager
+def exchange():
+    """Around what needs all learners: raises RunError if one has ended or does not answer (by gloo; NCCL ends the
+    process)."""
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise RunError(f"cannot write {path} ({error.strerror}); the one before it is as it was") from None
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = f"{error}".partition("\n")[0][:300]
+        raise RunError(f"another learner has ended, or has not answered in --learner-timeout ({reason})") from None
 
 
-def load_checkpoint(path):
-    """A run's folder and the content of its checkpoint, given the folder or the file. Raises UsageError."""
+def same_start(agent, seed):
+    """Give all learners the weights of the first, since hosts may round differently, and minibatches of their own."""
+    agent.load_state_dict(from_first({name: tensor.cpu() for name, tensor in agent.state_dict().items()}))
+    if RANK > 0:
+        torch.manual_seed(int(np.random.default_rng((seed, RANK)).integers(2**63)))
+
+
+def gather(value):
+    """The `value`s of all learners, in the order of their ranks: a list. Raises RunError."""
+    values = [value]
+    if WORLD_SIZE > 1:
+        values = [None] * WORLD_SIZE
+        with exchange():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value):
+    """The `value` of the learner with rank 0, in every learner. Raises RunError."""
+    box = [value]
+    if WORLD_SIZE > 1:
+        with exchange():
+            dist.broadcast_object_list(box, src=0, device="cpu")
+    return box[0]
+
+
+def all_sum(tensor):
+    """A tensor, changed in place to its sum over all learners, the same to the last bit in each. Raises RunError."""
+    return all_reduce(tensor) if WORLD_SIZE > 1 else tensor
+
+
+@torch.compiler.disable
+def all_reduce(tensor):
+    with exchange():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def global_mean(share, x):
+    """Mean of x [M], which needs no gradient, over a minibatch of which the `share` in x is this learner's."""
+    return all_sum(share * x.mean())
+
+
+def global_means(share, means):
+    """{name: mean over the samples of this learner, a `share` of all} -> {name: mean over all learners' samples}."""
+    totals = all_sum(share * torch.tensor(list(means.values()), dtype=torch.float64))
+    return dict(zip(means, totals.tolist(), strict=True))
+
+
+def average_gradients(agent, share):
+    """Replace the gradients of a minibatch's mean loss by their mean over all learners: one flat all-reduce."""
+    if WORLD_SIZE > 1:
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        flat = all_sum(share * torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def read_checkpoint(path):
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     script = os.path.basename(__file__)
     try:
@@ -804,9 +906,57 @@ def load_checkpoint(path):
     return os.path.dirname(file) or ".", state
 
 
+def check_finite(place, values, folder):
+    """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
+    broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    if broken:
+        kept = f"{folder}/checkpoint.pt"
+        kept = kept if os.path.exists(kept) else "there is none"
+        raise RunError(f"not finite {place}: {', '.join(broken)}; the last good checkpoint: {kept}")
+
+
+def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
+    """Write all that a run needs to go on to `folder`/checkpoint.pt, which is whole at every moment: the old one or the
+    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. The first learner writes for all.
+    Raises RunError."""
+    state = {"script": os.path.basename(__file__), "args": vars(args), "rng": gather(torch.get_rng_state())}
+    if RANK > 0:
+        return
+    state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
+    state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
+    content, path = io.BytesIO(), f"{folder}/checkpoint.pt"
+    torch.save(state | counters, content)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise RunError(f"cannot write {path} ({error.strerror}); the one before it is as it was") from None
+
+
+def load_checkpoint(path):
+    """A run's folder and the content of its checkpoint, given the folder or the file. The first learner reads it for
+    all. Raises UsageError."""
+    found = None
+    if RANK == 0:
+        try:
+            found = read_checkpoint(path)
+        except UsageError as error:
+            found = error
+    found = from_first(found)
+    if isinstance(found, UsageError):
+        raise found
+    return found
+
+
 def restore(state, agent, optimizer, store, statistics):
     """Put back what `save_checkpoint` took, but for the counters."""
-    torch.set_rng_state(state["rng"])
+    if len(state["rng"]) > RANK:  # there may be more learners than before
+        torch.set_rng_state(state["rng"][RANK])
     agent.load_state_dict(state["agent"])
     optimizer.load_state_dict(state["optimizer"])
     for name, tensor in state["store"].items():
@@ -822,6 +972,7 @@ def check_resumed_batches(args, state):
     check(args, "total_batches", args.total_batches > state["version"], advice)
     free = {"total_batches", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "actor_nice", "actor_device", "learner_threads", "save_model"}
+    free |= {"learner_timeout"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)
@@ -832,14 +983,15 @@ def train(args):
     UsageError if the flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or
     SIGTERM."""
     validate(args)
-    folder = f"runs/{args.task}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    if args.resume:
-        folder, saved = load_checkpoint(args.resume)
+    connect(args)
+    folder, resume = run_folder(args, args.task)
+    if resume:
+        folder, saved = load_checkpoint(resume)
         check_resumed_batches(args, saved)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
     problems = Problems(args)
     model, tokenizer = load_model(args, problems)
@@ -847,8 +999,9 @@ def train(args):
     agent = make_agent()
     agent.model.load_state_dict(model.state_dict())
     del model
-    if args.model == "tiny" and (args.kl_coef or not args.resume):
+    if args.model == "tiny" and (args.kl_coef or not resume) and RANK == 0:
         warm_start(args, agent, problems)
+    same_start(agent, args.seed)
     agent.to(device)
     reference = copy.deepcopy(agent) if args.kl_coef else None
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -861,7 +1014,7 @@ def train(args):
 
     version, tokens_seen, accuracies, seconds = 0, 0, [], Counter()  # seconds: over the whole run
     trained = (agent, optimizer, store, ())
-    if args.resume:
+    if resume:
         restore(saved, *trained)
         version, tokens_seen, accuracies = saved["version"], saved["tokens_seen"], saved["accuracies"]
         seconds.update(saved["seconds"])
@@ -875,14 +1028,19 @@ def train(args):
         save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
     actors = Actors(args, slots_per_actor, version)
-    writer = SummaryWriter(folder, purge_step=version + 1 if args.resume else None)
-    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    if not args.resume:
+    if not resume:
         accuracies.append(accuracy(agent, problems, device))
-        writer.add_scalar("charts/accuracy", accuracies[0], 0)
-        print(f"accuracy before training: {accuracies[0]:.1%} of {len(problems.test)} held-out problems", flush=True)
-    progress = tqdm(total=args.total_batches, initial=version, unit="batch", dynamic_ncols=True, disable=None)
+    if RANK == 0:
+        writer = SummaryWriter(folder, purge_step=version + 1 if resume else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        if not resume:
+            writer.add_scalar("charts/accuracy", accuracies[0], 0)
+            print(
+                f"accuracy before training: {accuracies[0]:.1%} of {len(problems.test)} held-out problems", flush=True
+            )
+    hidden = None if RANK == 0 else True  # None: where there is no terminal
+    progress = tqdm(total=args.total_batches, initial=version, unit="batch", dynamic_ncols=True, disable=hidden)
     next_line = 0
     try:
         actors.start(make_agent, partial(Problems, args), store, completions)
@@ -892,12 +1050,12 @@ def train(args):
             # COLLECT a batch, copy it, and let its slots be filled again while we train
             asked = time.perf_counter()
             collected = actors.collect(batch=version)
-            if not collected:
+            if not all(gather(bool(collected))):  # learners end together, after the same batch
                 break
             slots, waits, acts = map(list, zip(*collected, strict=True))
             learner_wait = time.perf_counter() - asked
             batch = completions.batch(slots, device)  # prompts [S, P], tokens [S, L], rewards [S], ...
-            lags = (version - completions.version[slots]).float()  # [R]
+            lags = (version - completions.version[slots]).tolist()  # [R]
             check_finite(f"in the data of batch {version}", vars(batch), folder)
             completions.rollout[slots] += num_slots
             actors.issue(newest=version, freed=slots)
@@ -915,38 +1073,39 @@ def train(args):
             lr = args.learning_rate * (1 - version / args.total_batches if args.anneal_lr else 1)
             lr *= min((version + 1) / max(args.warmup_batches, 1), 1)
             optimizer.param_groups[0]["lr"] = lr
-            updates = []
+            samples = sum(gather(len(learner_ratios)))  # tokens of all learners
+            share = len(learner_ratios) / samples
+            updates, weights = [], []
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(advantages)).to(device).tensor_split(args.num_minibatches):
-                    loss, update = llm_minibatch(agent, args, *(row.index_select(0, mb) for row in rows))
+                minibatches = torch.randperm(len(advantages)).to(device).tensor_split(args.num_minibatches)
+                sizes = torch.stack([mask.index_select(0, mb).sum() for mb in minibatches])  # tokens, and
+                shares = sizes / all_sum(sizes.clone())  # the share in those of all learners
+                for mb, mb_share in zip(minibatches, shares, strict=True):
+                    loss, update = llm_minibatch(agent, args, mb_share, *(row.index_select(0, mb) for row in rows))
                     optimizer.zero_grad()
                     loss.backward()
+                    average_gradients(agent, mb_share)
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
+                    weights.append(mb_share / share)  # 1 for a single learner
 
             # PUBLISH the next version
-            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
             final_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)
             final_ratios = log_ratio(final_logprobs, batch.logprobs)[mask].exp()  # [K], pi/beta
             check_finite(f"in the batch after version {version}", means | agent.state_dict(), folder)
             version += 1
             store.publish(agent, version)
             actors.issue(newest=version)
-            tokens_seen += len(final_ratios)
+            tokens_seen += samples
 
-            # LOG, against batches
+            # LOG, against batches: means over all learners
             now = time.perf_counter()
             batch_seconds, batch_time = now - batch_time, now
             seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
-            scalars = means | {
-                "charts/reward": batch.rewards.mean().item(),
-                "charts/completion_length": len(final_ratios) / len(mask),
-                "charts/learning_rate": lr,
-                "charts/tokens_per_second": tokens_seen / seconds["total"],
-                "filter/groups_without_variance": without_variance,
-                "lag/versions_mean": lags.mean().item(),
-                "lag/versions_max": lags.max().item(),
+            means |= {
                 "lag/tv_backward": 0.5 * (learner_ratios - 1).abs().mean().item(),
                 "lag/tv_forward": 0.5 * (final_ratios - learner_ratios).abs().mean().item(),
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
@@ -956,8 +1115,19 @@ def train(args):
                 "stats/rollout_time": sum(acts) / len(acts),
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
-                "stats/actor_restarts": actors.restarts,
             }
+            of_completions = {
+                "charts/reward": batch.rewards.mean().item(),
+                "filter/groups_without_variance": without_variance,
+            }
+            scalars = global_means(share, means) | global_means(1 / WORLD_SIZE, of_completions)
+            scalars["charts/learning_rate"] = lr
+            scalars["charts/completion_length"] = samples / (len(mask) * WORLD_SIZE)
+            scalars["charts/tokens_per_second"] = tokens_seen / seconds["total"]
+            everyone = zip(*gather((lags, [actors.restarts])), strict=True)
+            lags, restarts = (list(itertools.chain(*parts)) for parts in everyone)
+            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
+            scalars["stats/actor_restarts"] = sum(restarts)
             if version % args.eval_interval == 0 or version == args.total_batches:
                 scalars["charts/accuracy"] = accuracy(agent, problems, device)
                 accuracies.append(scalars["charts/accuracy"])
@@ -965,37 +1135,44 @@ def train(args):
                 questions = agent.decode(batch.prompts[shown], batch.prompt_mask[shown])
                 answers, rewards = agent.decode(batch.tokens[shown], mask[shown]), batch.rewards[shown].tolist()
                 lines = [f"|{q!r}|{a!r}|{r:.2f}|" for q, a, r in zip(questions, answers, rewards, strict=True)]
-                writer.add_text("samples", "\n".join(["|prompt|completion|reward|\n|-|-|-|", *lines]), version)
+                if RANK == 0:
+                    writer.add_text("samples", "\n".join(["|prompt|completion|reward|\n|-|-|-|", *lines]), version)
                 batch_time = time.perf_counter()  # evaluation is no part of the next batch
-            for name, value in scalars.items():
+            for name, value in scalars.items() if RANK == 0 else ():
                 writer.add_scalar(name, value, version)
-            status = f"accuracy {accuracies[-1]:.1%}, reward {scalars['charts/reward']:.3f}, lag {lags.mean():.1f}"
-            status += f", TV {scalars['lag/tv_total']:.4f}, dropped {means['filter/dropped']:.1%}"
+            status = f"accuracy {accuracies[-1]:.1%}, reward {scalars['charts/reward']:.3f}, lag {np.mean(lags):.1f}"
+            status += f", TV {scalars['lag/tv_total']:.4f}, dropped {scalars['filter/dropped']:.1%}"
             progress.set_postfix_str(status, refresh=False)
             progress.update()
-            if progress.disable and now >= next_line and not actors.end:  # where there is no terminal
+            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
                 print(f"batch {version}/{args.total_batches}, {status}", flush=True)
                 next_line = now + 5
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
         save()
-        if args.save_model:
+        if args.save_model and RANK == 0:
             agent.model.save_pretrained(f"{folder}/model")
             agent.tokenizer.save_pretrained(f"{folder}/model")
     finally:
         actors.stop()
         progress.close()
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
-            writer.close()
+            if RANK == 0:
+                writer.close()
     if version < args.total_batches:
-        tell(f"stopped at batch {version}; --resume {folder} goes on from there")
-        raise actors.end
-    print(
+        if RANK == 0:
+            tell(f"stopped at batch {version}; --resume {folder} goes on from there")
+        raise actors.end or RunError(f"another learner has ended the run, at batch {version}")
+    summary = (
         f"{args.task}, seed {args.seed}: accuracy {accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} "
         f"held-out problems; {version} batches, {tokens_seen} tokens in {seconds['total']:.1f} s; learner waited "
         f"{seconds['learner_wait'] / seconds['total']:.1%} of the time, actors "
         f"{seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
     )
+    if RANK == 0:
+        print(summary)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return agent
 
 
@@ -1006,6 +1183,7 @@ def typed_flags():
         with contextlib.redirect_stderr(box):
             args = tyro.cli(Args)
             if args.resume:
+                connect(args)
                 args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
             return args
     except SystemExit as end:
@@ -1019,7 +1197,8 @@ if __name__ == "__main__":
     try:
         train(typed_flags())
     except (UsageError, RunError, OSError) as error:
-        tell(f"error: {error}")
+        if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
+            tell(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

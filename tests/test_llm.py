@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, read_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_torchrun import assert_equal_learners, finished, torchrun
 
 import vaco_async_llm
 from vaco_async_llm import (
@@ -179,7 +180,9 @@ def test_what_the_mask_excludes_changes_nothing(warm_model):
 
     def gradients():
         agent.zero_grad()
-        loss, logs = llm_minibatch(agent, SMALL, *rows_of(batch, advantages), reference_logprobs=batch.logprobs - 0.1)
+        loss, logs = llm_minibatch(
+            agent, SMALL, 1, *rows_of(batch, advantages), reference_logprobs=batch.logprobs - 0.1
+        )
         loss.backward()
         return [loss.detach(), *logs.values(), *(parameter.grad.clone() for parameter in agent.parameters())]
 
@@ -216,7 +219,7 @@ ADVANTAGES = torch.tensor([1.0, -2.0])  # D = 1/2 (.5 + .1 + .5 + 0 + .3) / 5 = 
 def minibatch_by_hand(args, reference_logprobs=None):
     logprobs = (RATIOS.log() - 1).requires_grad_()
     inputs = (None, None, None, MASK, torch.full((2, 3), -1.0), ADVANTAGES, reference_logprobs)
-    loss, logs = llm_minibatch(FixedAgent(logprobs), args, *inputs)
+    loss, logs = llm_minibatch(FixedAgent(logprobs), args, 1, *inputs)
     loss.backward()
     return loss.item(), logprobs.grad, {name: value.item() for name, value in logs.items()}
 
@@ -266,7 +269,7 @@ def test_a_token_that_truncation_excludes_now_has_no_gradient():
         greedy, _, mask = agent.generate(prompts, prompt_mask, sample=False)
     tokens = (greedy + 1) % 90  # none of them is the most likely one
     logprobs = torch.full(tokens.shape, -1.0)
-    loss, logs = llm_minibatch(agent, args, prompts, prompt_mask, tokens, mask, logprobs, torch.ones(1))
+    loss, logs = llm_minibatch(agent, args, 1, prompts, prompt_mask, tokens, mask, logprobs, torch.ones(1))
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in agent.parameters())
     assert max(parameter.grad.abs().max() for parameter in agent.parameters()) < 1e-6
@@ -367,7 +370,7 @@ def test_a_step_makes_good_answers_likelier(warm_model):
     rows = rows_of(batch, advantages)
     for objective in ("vaco", "grpo"):
         agent.zero_grad()
-        loss, _ = llm_minibatch(agent, replace(SMALL, objective=objective), *rows)
+        loss, _ = llm_minibatch(agent, replace(SMALL, objective=objective), 1, *rows)
         loss.backward()
         moved = Agent(agent.model.config, agent.model.generation_config, agent.tokenizer, SMALL)
         moved.load_state_dict(agent.state_dict())
@@ -518,3 +521,36 @@ def test_the_program_says_it_in_one_line_and_exits_with_2(how):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 2 and not result.stdout, result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: --"), result.stderr
+
+
+def test_two_learners_are_one_with_the_completions_of_both(warm_model, monkeypatch):
+    """Gate, gradients, and all that is logged, with completions of different lengths; see test_torchrun.py."""
+    flags = {"model": warm_model, "total_batches": 4, "eval_interval": 2, "eval_size": 10, "lag_schedule": "mixture"}
+    flags |= {"lag": 1, "prompts_per_rollout": 4, "num_minibatches": 1, "update_epochs": 2, "warmup_batches": 1}
+    flags |= {"tv_threshold": 0.001, "learner_timeout": 100.0}
+    finished(torchrun("vaco_async_llm", **flags))
+    both, logged = assert_equal_learners(), read_curves(".")
+    Path("runs").rename("runs of two")
+    alone, publish, load = [], vaco_async_llm.PolicyStore.publish, Completions.batch
+    counts = []
+
+    def recorded_publish(self, agent, version):
+        alone.append({name: tensor.clone() for name, tensor in agent.state_dict().items()})
+        publish(self, agent, version)
+
+    def recorded_batch(self, slots, device):
+        counts.append([int(self.mask[slot].sum()) for slot in slots])
+        return load(self, slots, device)
+
+    monkeypatch.setattr(vaco_async_llm.PolicyStore, "publish", recorded_publish)
+    monkeypatch.setattr(Completions, "batch", recorded_batch)
+    train(Args(**flags | {"num_actors": 2, "rollouts_per_batch": 2}))
+    curves = read_curves(".")
+    assert len(alone) == len(both) == 5 and any(first != second for first, second in counts)
+    assert 0 < sum(curves["filter/gate_open"]) < len(curves["filter/gate_open"])
+    for one, other in zip(alone, both, strict=True):
+        for name in one:
+            assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), name
+    for tag in curves:
+        if not tag.startswith(("stats/", "charts/tokens_per_second", "lag/ess")):
+            assert logged[tag] == pytest.approx(curves[tag], rel=0.02, abs=2e-4), tag

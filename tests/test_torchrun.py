@@ -39,7 +39,8 @@ def torchrun(script, options=(), flags=(), **changes):
 
 
 def start(command, script, options, **changes):
-    options = json.dumps({"flags": SMALL | changes} | dict(options))
+    flags = changes if script == "vaco_async_llm" else SMALL | changes
+    options = json.dumps({"flags": flags} | dict(options))
     return subprocess.Popen(
         [*command, LEARNER, script, options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
