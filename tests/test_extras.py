@@ -170,6 +170,7 @@ def test_files_that_are_no_model_are_one_line(name):
     with pytest.raises(UsageError) as caught:
         load_model(name)
     message = str(caught.value)
+    assert name != "sibling" or "of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
     assert message.startswith(f"--evaluate {name}: no model") and "\n" not in message and len(message) < 250
 
 
