@@ -21,6 +21,7 @@ with old versions of the policy (*policy lag*); advantages are GAE on the learne
 import contextlib
 import ctypes.util
 import difflib
+import glob
 import importlib.util
 import io
 import itertools
@@ -38,6 +39,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -48,6 +50,7 @@ import envpool
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from gymnasium.wrappers.utils import RunningMeanStd
@@ -55,6 +58,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+# Set by torchrun: which of several learners this is, of all and on this host, and how many there are
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
@@ -94,6 +100,7 @@ class Args:
     resume: str = ""
     actor_timeout: float = 120.0  # seconds after which an actor that sends nothing counts as stuck
     max_actor_restarts: int = 10  # actors that died, failed or got stuck are started again, this often in total
+    learner_timeout: float = 300.0  # under torchrun: seconds after which the run ends if a learner does not answer
 
     # Actors decide how old the data is when it arrives (backward lag)
 
@@ -175,7 +182,7 @@ class RunError(RuntimeError):
 def tell(text):
     """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
 
 
 def check(args, name, holds, advice):
@@ -193,7 +200,7 @@ def validate(args):
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     lowest |= {"learner_threads": 1, "kl_target": 1e-9, "spo_eps": 1e-9, "max_importance": 1e-9, "kl_coef": 1e-4}
-    lowest |= {"actor_timeout": 1, "eval_episodes": 1}
+    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
     highest |= {"learner_threads": 256, "actor_nice": 19, "eval_episodes": 256}
@@ -201,6 +208,8 @@ def validate(args):
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    gpus = torch.cuda.device_count() if args.cuda else 0
+    check(args, "cuda", not gpus or gpus > LOCAL_RANK, f"is for {gpus} learners here; type --nproc-per-node {gpus}")
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     compiler = os.environ.get("CXX", "g++")  # where torch looks
@@ -368,21 +377,22 @@ def stack_frames(frames, ages):
 class RewardScaler:
     """Divides rewards by the standard deviation of the discounted return, in the manner of gymnasium's NormalizeReward.
 
-    It lives in the learner, on the raw rewards of the slots: one scale for all actors, whatever their lag.
+    It lives in the learner, on the raw rewards of the slots: one scale for all actors, whatever their lag, and for all
+    learners (`update_statistics`).
     """
 
     def __init__(self, num_actors, num_envs, gamma):
         self.gamma, self.statistics = gamma, RunningMeanStd(shape=())
         self.running = np.zeros((num_actors, num_envs))  # discounted returns, carried across the rollouts of an actor
 
-    def update(self, actor, rollout):
-        """Take in one slot (as of `Rollouts.arrays`) of an actor."""
+    def discounted(self, actor, rollout):
+        """The discounted returns at all valid steps of one slot (as of `Rollouts.arrays`) of an actor: [samples]."""
         returns = np.zeros(rollout.rewards.shape)  # [T, C]
         self.running[actor] *= not rollout.fresh
         for t in range(len(returns)):
             self.running[actor] = (self.gamma * self.running[actor] + rollout.rewards[t]) * rollout.valid[t]
             returns[t] = self.running[actor]
-        self.statistics.update(returns[rollout.valid])
+        return returns[rollout.valid]
 
     def scale(self, rewards):
         return (rewards / math.sqrt(self.statistics.var + 1e-8)).clamp(-10, 10)
@@ -530,14 +540,18 @@ def decoupled_loss(log_ratios, learner_log_ratios, advantages, clip_coef, max_im
     return (learner_log_ratios.exp().clamp(max=max_importance) * surrogate).mean()
 
 
-def ppo_minibatch(agent, args, kl_coef, obs, actions, behavior_logprobs, learner_log_ratios, advantages, targets):
-    """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
+def ppo_minibatch(
+    agent, args, kl_coef, share, obs, actions, behavior_logprobs, learner_log_ratios, advantages, targets
+):
+    """Forward pass of one gradient step: M valid rows of a batch, the `share` of this learner in the minibatch of all
+    (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}."""
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
+    mean = partial(global_mean, share)  # over the minibatch of all learners
     if args.norm_adv:
-        advantages = advantages - advantages.mean()
-        advantages = advantages / (advantages.std(correction=0) + 1e-8)
+        advantages = advantages - mean(advantages)
+        advantages = advantages / (mean(advantages.square()).sqrt() + 1e-8)
     if args.objective == "clip":
         policy_loss = clip_loss(ratios, advantages, args.clip_coef)
     elif args.objective == "kl":
@@ -663,8 +677,10 @@ def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts
 
 def actor_seed(args, index, generation=0):
     """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
-    bits: the blocks of all actors, and of all `--seed`s below 2^15, are disjoint. An actor that takes the place of
-    another, as of `generation` 1, plays other episodes: its seed is drawn."""
+    bits: the blocks of all actors, of all `--seed`s below 2^15, and of all learners, up to 2^16 environments in total,
+    are disjoint. An actor that takes the place of another, as of `generation` 1, plays other episodes: its seed is
+    drawn."""
+    index += RANK * args.num_actors
     if generation:
         return int(np.random.default_rng((args.seed, index, generation)).integers(2**31 - args.num_envs))
     return (args.seed * 2**16 + index * args.num_envs) % 2**31
@@ -673,7 +689,8 @@ def actor_seed(args, index, generation=0):
 def ticket_version(args, rollout):
     """The policy version that must collect a rollout (counted from 0): the definition of the lag schedules. The draws
     of `mixture` depend on seed and rollout alone; early on they are uniform over the versions that exist."""
-    batch = rollout // args.rollouts_per_batch
+    batch, place = divmod(rollout, args.rollouts_per_batch)
+    rollout = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place  # counted over all learners
     if args.lag_schedule == "async":
         return LATEST
     if args.lag_schedule == "fixed":
@@ -837,6 +854,97 @@ class Actors:
             signal.signal(number, handler)
 
 
+def connect(args):
+    """Join the other learners, where torchrun has started several. Raises RunError if one does not come."""
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: leave with torchrun, however it ends
+        backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
+        timeout = timedelta(seconds=args.learner_timeout)
+        with exchange():
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            # Started again, learners would find the addresses of those before
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, None, timeout, WORLD_SIZE, RANK, store)
+
+
+@contextlib.contextmanager
+def exchange():
+    """Around what needs all learners: raises RunError if one has ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = f"{error}".splitlines()[0][:300]
+        raise RunError(f"another learner has ended, or has not answered in --learner-timeout ({reason})") from None
+
+
+def same_start(agent, seed):
+    """Give all learners the weights of the first, since hosts may round differently, and minibatches of their own."""
+    agent.load_state_dict(from_first({name: tensor.cpu() for name, tensor in agent.state_dict().items()}))
+    if RANK > 0:
+        torch.manual_seed(int(np.random.default_rng((seed, RANK)).integers(2**63)))
+
+
+def gather(value):
+    """The `value`s of all learners, in the order of their ranks: a list. Raises RunError."""
+    values = [value]
+    if WORLD_SIZE > 1:
+        values = [None] * WORLD_SIZE
+        with exchange():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value):
+    """The `value` of the learner with rank 0, in every learner. Raises RunError."""
+    return gather(value if RANK == 0 else None)[0]
+
+
+def all_sum(tensor):
+    """A tensor, changed in place to its sum over all learners, the same to the last bit in each. Raises RunError."""
+    return all_reduce(tensor) if WORLD_SIZE > 1 else tensor
+
+
+@torch.compiler.disable
+def all_reduce(tensor):
+    with exchange():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def global_mean(share, x):
+    """Mean of x [M], which needs no gradient, over a minibatch of which the `share` in x is this learner's."""
+    return all_sum(share * x.mean())
+
+
+def global_means(share, means):
+    """{name: mean over the samples of this learner, a `share` of all} -> {name: mean over all learners' samples}."""
+    totals = all_sum(share * torch.tensor(list(means.values()), dtype=torch.float64))
+    return dict(zip(means, totals.tolist(), strict=True))
+
+
+def minibatch_shares(rows, num_minibatches, device):
+    """This learner's share of each minibatch, if each learner splits its rows evenly: [num_minibatches]."""
+    sizes = torch.tensor([len(part) for part in torch.arange(rows).tensor_split(num_minibatches)])
+    return (sizes / all_sum(sizes.clone())).to(device)
+
+
+def average_gradients(agent, share):
+    """Replace the gradients of a minibatch's mean loss by their mean over all learners: one flat all-reduce."""
+    if WORLD_SIZE > 1:
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        flat = all_sum(share * torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def update_statistics(statistics, parts):
+    """Take `parts`, [samples, ...] arrays, of all learners into a RunningMeanStd: the same one in each of them."""
+    moments = [(part.mean(axis=0), part.var(axis=0), len(part)) for part in parts]
+    for moment in itertools.chain(*gather(moments)):
+        statistics.update_from_moments(*moment)
+
+
 def check_finite(place, values, folder):
     """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
     broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
@@ -848,8 +956,12 @@ def check_finite(place, values, folder):
 
 def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
     """Write all that a run needs to go on to `folder`/checkpoint.pt, which is whole at every moment: the old one or the
-    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. Raises RunError."""
-    state = {"script": os.path.basename(__file__), "args": vars(args), "rng": torch.get_rng_state()}
+    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. The first learner writes for all.
+    Raises RunError."""
+    state = {"script": os.path.basename(__file__), "args": vars(args), "rng": gather(torch.get_rng_state())}
+    state["job"] = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if RANK > 0:
+        return
     state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
     state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
     content, path = io.BytesIO(), f"{folder}/checkpoint.pt"
@@ -867,7 +979,21 @@ def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counter
 
 
 def load_checkpoint(path):
-    """A run's folder and the content of its checkpoint, given the folder or the file. Raises UsageError."""
+    """A run's folder and the content of its checkpoint, given the folder or the file. The first learner reads it for
+    all. Raises UsageError."""
+    found = None
+    if RANK == 0:
+        try:
+            found = read_checkpoint(path)
+        except UsageError as error:
+            found = error
+    found = from_first(found)
+    if isinstance(found, UsageError):
+        raise found
+    return found
+
+
+def read_checkpoint(path):
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     script = os.path.basename(__file__)
     try:
@@ -885,9 +1011,24 @@ def load_checkpoint(path):
     return os.path.dirname(file) or ".", state
 
 
+def restart_point(args):
+    """The newest folder with a checkpoint that this job wrote before torchrun started its learners again; else ""."""
+    if RANK > 0 or not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return from_first("")
+    files = glob.glob(f"{glob.escape(run_name(args))}__*/checkpoint.pt")
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(UsageError):
+            if read_checkpoint(file)[1]["job"] == os.environ["TORCHELASTIC_RUN_ID"]:
+                tell(f"started again by torchrun; going on from {file}")
+                return from_first(os.path.dirname(file))
+    tell("started again by torchrun; there is no checkpoint yet (--checkpoint-interval)")
+    return from_first("")
+
+
 def restore(state, agent, optimizer, store, statistics):
     """Put back what `save_checkpoint` took, but for the counters."""
-    torch.set_rng_state(state["rng"])
+    if len(state["rng"]) > RANK:  # there may be more learners than before
+        torch.set_rng_state(state["rng"][RANK])
     agent.load_state_dict(state["agent"])
     optimizer.load_state_dict(state["optimizer"])
     for name, tensor in state["store"].items():
@@ -904,6 +1045,7 @@ def check_resume(args, state):
     free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
     free |= {"track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
+    free |= {"learner_timeout"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)
@@ -1021,20 +1163,23 @@ def train(args):
     flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
     args = replace(args)  # the caller's stays as it is
     validate(args)
-    folder = f"runs/{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    if args.resume:
-        folder, saved = load_checkpoint(args.resume)
+    connect(args)
+    folder = from_first(f"{run_name(args)}__{int(time.time())}")
+    resume = args.resume or restart_point(args)
+    if resume:
+        folder, saved = load_checkpoint(resume)
         check_resume(args, saved)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
     make_agent, make_envs = build(args)
     obs_size, action_size, atari, *_ = make_agent.args
     if atari:
         keep_freed_memory()
     agent = make_agent().to(device)
+    same_start(agent, args.seed)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
     obs_statistics = RunningMeanStd(shape=obs_size)
@@ -1054,7 +1199,7 @@ def train(args):
     global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
     kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
     trained = (agent, optimizer, store, (obs_statistics, reward_scaler.statistics))
-    if args.resume:
+    if resume:
         restore(saved, *trained)
         global_step, version = saved["global_step"], saved["version"]
         last_returns.extend(saved["last_returns"])
@@ -1067,12 +1212,15 @@ def train(args):
         save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
     actors = Actors(args, slots_per_actor, version)
-    tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
-    writer = SummaryWriter(folder, purge_step=global_step + 1 if args.resume else None)
-    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_custom_scalars(LAYOUT)
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=None)
+    tracked = None
+    if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
+        writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    hidden = None if RANK == 0 else True  # None: where there is no terminal
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
     next_line = 0
     try:
         actors.start(partial(make_agent, trained=False), partial(make_envs, C), store, rollouts)
@@ -1082,17 +1230,19 @@ def train(args):
             # COLLECT a batch, copy it, and let its slots be filled again while we train
             asked = time.perf_counter()
             collected = actors.collect(batch=version)
-            if not collected:
+            if not all(gather(bool(collected))):  # learners end together, after the same batch
                 break
             slots, ended, waits, acts = map(list, zip(*collected, strict=True))
             learner_wait = time.perf_counter() - asked
             batch = rollouts.batch(slots, device)  # [T (observations: more), N, ...]
-            lags = (version - rollouts.version[slots]).float()  # [R]
+            lags = (version - rollouts.version[slots]).tolist()  # [R]
+            returns = []
             for slot in slots:
                 index, rollout = slot // slots_per_actor, rollouts.arrays(slot)
                 check_finite(f"from actor {index}, after step {global_step}", vars(rollout), folder)
                 if not atari:
-                    reward_scaler.update(index, rollout)
+                    returns.append(reward_scaler.discounted(index, rollout))
+            update_statistics(reward_scaler.statistics, returns)
             actors.issue(newest=version, freed=slots)
 
             # ESTIMATE advantages by the learner's critic, once per batch
@@ -1114,18 +1264,23 @@ def train(args):
             # OPTIMISE: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
+            samples = sum(gather(len(b_obs)))  # of all learners
+            share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
             updates = []
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
-                for mb in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):
-                    loss, update = minibatch_loss(agent, args, kl_coef, *(row.index_select(0, mb) for row in rows))
+                minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
+                for mb, mb_share in zip(minibatches, shares, strict=True):
+                    mb_rows = (row.index_select(0, mb) for row in rows)
+                    loss, update = minibatch_loss(agent, args, kl_coef, mb_share, *mb_rows)
                     optimizer.zero_grad()
                     loss.backward()
+                    average_gradients(agent, mb_share)
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
-                kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]]).mean()
-                if args.target_kl is not None and kl > args.target_kl:
+                kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]])
+                if args.target_kl is not None and global_mean(share, kl) > args.target_kl:
                     break
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
@@ -1133,30 +1288,26 @@ def train(args):
             with torch.no_grad():
                 final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
                 final_ratios = final_log_ratios.exp()
-                kl = (final_ratios - 1 - final_log_ratios).mean().item()
-            scalars = means | {"losses/kl_coef": kl_coef.item()}
+                kl = global_mean(share, final_ratios - 1 - final_log_ratios).item()
+            used_kl_coef = kl_coef.item()
             if args.objective == "kl" and args.adapt_kl:
-                kl_coef.fill_(adapted_kl_coef(kl_coef.item(), kl, args.kl_target))
+                kl_coef.fill_(adapted_kl_coef(used_kl_coef, kl, args.kl_target))
             if not atari:
-                obs_statistics.update(batch.obs[:-1][batch.valid].double().cpu().numpy())
+                update_statistics(obs_statistics, [batch.obs[:-1][batch.valid].double().cpu().numpy()])
                 agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
                 agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
             check_finite(f"in the batch after step {global_step}", means | agent.state_dict(), folder)
             version += 1
             store.publish(agent, version)
             actors.issue(newest=version)
-            global_step += len(b_obs)
+            global_step += samples
 
-            # LOG, against environment steps
+            # LOG, against environment steps: means over all learners
             now = time.perf_counter()
             batch_seconds, batch_time = now - batch_time, now
             seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
-            scalars |= {
-                "charts/learning_rate": lr,
-                "charts/SPS": global_step / seconds["total"],
+            means |= {
                 "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
-                "lag/versions_mean": lags.mean().item(),
-                "lag/versions_max": lags.max().item(),
                 "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
                 "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
@@ -1168,11 +1319,16 @@ def train(args):
                 "stats/queue_size": len(actors.finished),
                 "stats/actor_restarts": actors.restarts,
             }
+            scalars = global_means(share, means) | {"charts/learning_rate": lr}
+            scalars["losses/kl_coef"] = used_kl_coef
+            scalars["charts/SPS"] = global_step / seconds["total"]
+            lags, ended = (list(itertools.chain(*parts)) for parts in zip(*gather((lags, ended)), strict=True))
+            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
             episodes = [episode for part in ended for episode in part]
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
                 last_returns.extend(float(episode_return) for episode_return, _ in episodes)
-            for name, value in scalars.items():
+            for name, value in scalars.items() if RANK == 0 else ():
                 writer.add_scalar(name, value, global_step)
             recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
             lag, tv, kl = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "losses/approx_kl"))
@@ -1180,7 +1336,7 @@ def train(args):
             progress.set_postfix_str(status, refresh=False)
             progress.update(min(global_step, args.total_timesteps) - progress.n)
             sps = f"{scalars['charts/SPS']:.0f} SPS"
-            if progress.disable and now >= next_line and not actors.end:  # where there is no terminal
+            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
@@ -1190,23 +1346,31 @@ def train(args):
         actors.stop()
         progress.close()
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
-            writer.close()
+            if RANK == 0:
+                writer.close()
         if tracked:
             tracked.finish()
     if global_step < args.total_timesteps:
-        tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
-        raise actors.end
-    print(
+        if RANK == 0:
+            tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
+        raise actors.end or RunError(f"another learner has ended the run, at step {global_step}")
+    summary = (
         f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
         f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
         f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
     )
-    if args.save_model or args.capture_video:
-        model = f"{folder}/{args.exp_name}.cleanrl_model"
-        save_model(model, args, agent)
-        print(f"model saved to {model}", flush=True)
-        evaluate(replace(args, evaluate=model, resume=""))
+    if RANK == 0:
+        print(summary)
+        if args.save_model or args.capture_video:
+            model = f"{folder}/{args.exp_name}.cleanrl_model"
+            save_model(model, args, agent)
+            print(f"model saved to {model}", flush=True)
+            evaluate(replace(args, evaluate=model, resume=""))
     return agent
+
+
+def run_name(args):
+    return f"runs/{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
 
 
 def typed_flags():
@@ -1216,6 +1380,7 @@ def typed_flags():
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
             args = tyro.cli(Args)
             if args.resume:
+                connect(args)
                 args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
             elif args.evaluate:
                 args = tyro.cli(Args, default=replace(load_model(args.evaluate)[0], evaluate=args.evaluate))
@@ -1241,7 +1406,8 @@ if __name__ == "__main__":
         flags = typed_flags()
         evaluate(flags) if flags.evaluate else train(flags)
     except (UsageError, RunError, OSError) as error:
-        tell(f"error: {error}")
+        if RANK == 0 or not isinstance(error, UsageError):  # which all learners have in common
+            tell(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

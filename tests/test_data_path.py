@@ -24,6 +24,7 @@ from vaco_async_mujoco import (
     actor_seed,
     continuous_sizes,
     ticket_version,
+    update_statistics,
     vtrace,
 )
 
@@ -211,7 +212,8 @@ def test_reward_scale_is_the_deviation_of_the_discounted_return():
                 rows.append((123.0, False))
         for start in range(0, len(rows), 50):
             rewards, valid = (np.array(column)[:, None] for column in zip(*rows[start : start + 50], strict=True))
-            scaler.update(actor_index, SimpleNamespace(rewards=rewards, valid=valid, fresh=np.array(False)))
+            rollout = SimpleNamespace(rewards=rewards, valid=valid, fresh=np.array(False))
+            update_statistics(scaler.statistics, [scaler.discounted(actor_index, rollout)])
     assert scaler.statistics.count == pytest.approx(800, rel=1e-6)
     assert scaler.statistics.var == pytest.approx(np.var(returns), rel=1e-4)
     scaled = scaler.scale(torch.tensor([1.0, -1e9]))

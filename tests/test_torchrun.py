@@ -1,0 +1,273 @@
+"""Several learners, started by torchrun: they are one, to rounding, and end together."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, read_curves
+from learner import as_by_learners
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LEARNER = str(REPOSITORY / "tests" / "learner.py")
+SMALL = {
+    "env_id": "Pendulum-v1",  # not chaotic: rounding stays small
+    "num_actors": 2,
+    "num_envs": 2,
+    "num_steps": 16,
+    "rollouts_per_batch": 2,
+    "num_minibatches": 4,
+    "update_epochs": 2,
+    "lag_schedule": "mixture",
+    "lag": 2,
+    "learner_timeout": 60,
+    "total_timesteps": 600,
+}
+
+
+def torchrun(script, options=(), flags=(), **changes):
+    """Start two learners of tests/learner.py in this folder; returns the process of torchrun."""
+    return start([*TORCHRUN, "--standalone", "--nproc-per-node=2", *flags], script, options, **changes)
+
+
+def start(command, script, options, **changes):
+    options = json.dumps({"flags": SMALL | changes} | dict(options))
+    return subprocess.Popen(
+        [*command, LEARNER, script, options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finished(process, code=0):
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def published(rank):
+    return torch.load(f"learner{rank}.pt", weights_only=True)
+
+
+def assert_equal_learners():
+    """All learners published the same, to the last bit, in all versions; returns it."""
+    first, second = published(0), published(1)
+    assert len(first) == len(second) > 1
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return first
+
+
+def learners_alive():
+    """Process ids of whatever was started in this test's folder."""
+    alive = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{entry}/cwd") == os.getcwd() and int(entry) != os.getpid():
+                alive.append(int(entry))
+        except OSError:  # it has ended, or is a zombie
+            continue
+    return alive
+
+
+def assert_all_gone():
+    deadline = time.monotonic() + 20
+    while learners_alive() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not learners_alive()
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+
+
+UNEVEN = {"env_id": "InvertedPendulum-v4", "num_minibatches": 1, "update_epochs": 3}  # episodes end: dummy rows
+# Few steps: one action that rounding makes another changes all that follows
+ATARI = {
+    "env_id": "Pong-v5",
+    "num_minibatches": 2,
+    "num_steps": 8,
+    "total_timesteps": 250,
+}
+CASES = {
+    "vaco_async_mujoco": [{"tv_threshold": 0.002}, UNEVEN | {"tv_threshold": 0.01}],
+    "vaco_async_atari": [ATARI | {"tv_threshold": 0.002}],
+    "ppo_async_baseline": [
+        {"objective": "kl", "kl_target": 1e-4},
+        UNEVEN | {"objective": "kl", "kl_target": 1e-3},
+        UNEVEN | {"target_kl": 2e-4, "update_epochs": 20},
+    ],
+    "impala_baseline": [{}, UNEVEN, {"sum_loss": True, "learning_rate": 1e-4}],
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "changes"), [(script, case) for script, cases in CASES.items() for case in cases], ids=str
+)
+def test_two_learners_are_one_with_the_data_of_both(script, changes, monkeypatch):
+    """Gate, normalised advantages, statistics, coefficients, early stop, clipping: the policies of several batches,
+    and all that is logged, are those of one process with the actors of both."""
+    finished(torchrun(script, {"in_order": True}, **changes))
+    both, logged = assert_equal_learners(), read_curves(".")
+    Path("runs").rename("runs of two")
+    script, alone = importlib.import_module(script), []
+
+    def recorded_publish(self, agent, version, publish=script.PolicyStore.publish):
+        alone.append({name: tensor.clone() for name, tensor in agent.state_dict().items()})
+        publish(self, agent, version)
+
+    args = script.Args(**SMALL | changes | {"num_actors": 4, "rollouts_per_batch": 4})
+    monkeypatch.setattr(script.PolicyStore, "publish", recorded_publish)
+    if args.num_minibatches > 1:  # else nothing depends on the order of the rows
+        monkeypatch.setattr(torch, "randperm", as_by_learners(args, 4 * args.num_envs))
+    script.train(args)
+    curves = read_curves(".")
+    assert len(alone) == len(both) >= 4
+    assert any(not torch.equal(one, other) for one, other in zip(alone[0].values(), alone[-1].values(), strict=True))
+    for version, (one, other) in enumerate(zip(alone, both, strict=True)):
+        for name in one:
+            assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), f"{name} of version {version}"
+    own = ("stats/", "charts/SPS", "losses/explained_variance", "lag/ess")  # the last two: means over learners
+    for tag in curves:
+        if not tag.startswith(own):
+            assert logged[tag] == pytest.approx(curves[tag], rel=0.02, abs=2e-4), tag
+
+
+def test_an_actor_killed_beside_one_learner_is_replaced():
+    output = finished(torchrun("vaco_async_mujoco", {"deed": "kill an actor"}, total_timesteps=2000))
+    assert "learner 1: actor 0 has died: SIGKILL" in output
+    assert len(assert_equal_learners()) > 8
+    assert_all_gone()
+
+
+def test_a_killed_learner_comes_back_from_the_last_checkpoint():
+    flags = ["--max-restarts=1"]
+    changes = {"checkpoint_interval": 2, "total_timesteps": 2000}
+    output = finished(torchrun("ppo_async_baseline", {"deed": "kill"}, flags=flags, **changes))
+    assert "going on from runs/" in output and "steps in" in output
+    steps = read_curves(".", "step")["losses/policy_loss"]  # of the only run
+    assert len(steps) == 16 and steps == sorted(set(steps))
+    assert len(assert_equal_learners()) == 1 + 14  # at the start, then versions 3 to 16
+    assert_all_gone()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_torchrun_save_and_end_all_learners(number):
+    process = torchrun("impala_baseline", checkpoint_interval=1, total_timesteps=10**6)
+    wait_for(lambda: list(Path().glob("runs/*/checkpoint.pt")), process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "--resume runs/" in output
+    assert_all_gone()
+    assert_equal_learners()
+    (run,) = Path("runs").iterdir()
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+    assert f"stopped at step {step};" in output
+    finished(torchrun("impala_baseline", resume=str(run), total_timesteps=step + 500))
+    assert read_curves(".", "step")["losses/policy_loss"][-1] >= step + 500
+
+
+def test_one_interrupted_learner_ends_all_with_a_checkpoint():
+    output = finished(torchrun("vaco_async_mujoco", {"deed": "interrupt"}, total_timesteps=10**6), code=1)
+    (run,) = Path("runs").iterdir()
+    assert "error of learner 0: another learner has ended the run" in output
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["version"] == len(assert_equal_learners()) - 1
+    assert_all_gone()
+
+
+def test_a_learner_that_does_not_answer_ends_the_run():
+    options = {"total_timesteps": 10**6, "learner_timeout": 4}
+    output = finished(torchrun("vaco_async_mujoco", {"deed": "stop"}, **options), code=1)
+    assert "error of learner 0: another learner has ended, or has not answered in --learner-timeout" in output
+    assert_all_gone()
+
+
+def test_no_learner_outlives_torchrun():
+    process = torchrun("vaco_async_mujoco", checkpoint_interval=1, total_timesteps=10**6)
+    wait_for(lambda: list(Path().glob("runs/*/checkpoint.pt")), process)
+    process.kill()
+    assert_all_gone()
+
+
+def test_wrong_flags_are_one_line_for_all_learners():
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(REPOSITORY / "vaco_async_mujoco.py")]
+    process = subprocess.Popen(
+        [*command, "--resume", "nowhere"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    output = finished(process, code=1)  # torchrun's own
+    assert output.count("error: --resume nowhere: no checkpoint that can be read") == 1
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces, with a link between: {name: address}."""
+    hosts = {f"vaco{os.getpid()}a": "10.77.31.1", f"vaco{os.getpid()}b": "10.77.31.2"}
+    one, other = hosts
+    try:
+        ip("netns", "add", one)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need root and iproute2's `ip`: {error}")
+    try:
+        ip("netns", "add", other)
+        ip("-netns", one, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", other)
+        for name, address in hosts.items():
+            ip("-netns", name, "address", "add", f"{address}/24", "dev", "link0")
+            for device in ("lo", "link0"):
+                ip("-netns", name, "link", "set", device, "up")
+        yield hosts
+    finally:
+        for name in hosts:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, monkeypatch):
+    """One learner per network namespace. Seconds without a link are waited for; when the link stays away, both learners
+    end with an error, after --learner-timeout, and the run can be resumed."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "link0")
+
+    def both(**changes):
+        first = next(iter(hosts.values()))
+        meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29555"]
+        commands = [["ip", "netns", "exec", n, *TORCHRUN, *meet, f"--local-addr={a}"] for n, a in hosts.items()]
+        commands[0].append("--rdzv-conf=is_host=1")
+        return [start(command, "vaco_async_mujoco", {}, **changes) for command in commands]
+
+    def step():
+        files = list(Path().glob("runs/*/checkpoint.pt"))
+        return torch.load(files[0], weights_only=True)["global_step"] if files else 0
+
+    def link(state):
+        ip("-netns", next(iter(hosts)), "link", "set", "link0", state)
+
+    processes = both(checkpoint_interval=1, total_timesteps=10**6, learner_timeout=15)
+    try:
+        wait_for(step, processes[0])
+        link("down")
+        time.sleep(3)
+        before = step()
+        link("up")
+        wait_for(lambda: step() > before + 1000, processes[0])
+        link("down")
+        wait_for(lambda: len(list(Path().glob("learner?.pt"))) == 2, processes[0])
+        link("up")
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, output in enumerate(outputs):
+        assert f"error of learner {rank}: another learner has ended, or has not answered" in "".join(outputs), output
+    assert_all_gone()
+    (run,) = Path("runs").iterdir()
+    for process in both(resume=str(run), total_timesteps=step() + 500):
+        finished(process)
