@@ -21,7 +21,6 @@ with old versions of the policy (*policy lag*); advantages are GAE on the learne
 import contextlib
 import ctypes.util
 import difflib
-import glob
 import importlib.util
 import io
 import itertools
@@ -100,11 +99,12 @@ class Args:
     resume: str = ""
     actor_timeout: float = 120.0  # seconds after which an actor that sends nothing counts as stuck
     max_actor_restarts: int = 10  # actors that died, failed or got stuck are started again, this often in total
-    learner_timeout: float = 300.0  # under torchrun: seconds after which the run ends if a learner does not answer
+    # under torchrun: seconds after which a learner that does not answer ends the run; replacing actors takes long, too
+    learner_timeout: float = 300.0
 
     # Actors decide how old the data is when it arrives (backward lag)
 
-    num_actors: int = 4  # actor processes; free running, data is about num_actors / rollouts_per_batch versions old
+    num_actors: int = 4  # actor processes (per learner); data is about num_actors / rollouts_per_batch versions old
     num_envs: int | None = None  # environments per actor; 16, Atari 8
     num_steps: int = 128  # steps per environment in one rollout
     rollouts_per_batch: int = 1  # rollouts per batch, which has rollouts_per_batch * num_steps * num_envs samples
@@ -208,8 +208,9 @@ def validate(args):
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
-    gpus = torch.cuda.device_count() if args.cuda else 0
-    check(args, "cuda", not gpus or gpus > LOCAL_RANK, f"is for {gpus} learners here; type --nproc-per-node {gpus}")
+    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
+    check(args, "cuda", not gpus or gpus >= here, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     compiler = os.environ.get("CXX", "g++")  # where torch looks
@@ -540,18 +541,11 @@ def decoupled_loss(log_ratios, learner_log_ratios, advantages, clip_coef, max_im
     return (learner_log_ratios.exp().clamp(max=max_importance) * surrogate).mean()
 
 
-def ppo_minibatch(
-    agent, args, kl_coef, share, obs, actions, behavior_logprobs, learner_log_ratios, advantages, targets
-):
-    """Forward pass of one gradient step: M valid rows of a batch, the `share` of this learner in the minibatch of all
-    (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}."""
+def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logprobs, learner_log_ratios, targets):
+    """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
-    mean = partial(global_mean, share)  # over the minibatch of all learners
-    if args.norm_adv:
-        advantages = advantages - mean(advantages)
-        advantages = advantages / (mean(advantages.square()).sqrt() + 1e-8)
     if args.objective == "clip":
         policy_loss = clip_loss(ratios, advantages, args.clip_coef)
     elif args.objective == "kl":
@@ -713,7 +707,7 @@ class Actors:
     def __init__(self, args, slots_per_actor, version=0):
         N, done = args.num_actors, version * args.rollouts_per_batch  # rollouts of the batches before `version`
         self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, done
-        self.first_version, self.restarts, self.end, self.handlers = version, 0, None, {}
+        self.first_version, self.restarts, self.end, self.signalled, self.handlers = version, 0, None, 0.0, {}
         self.issued = [len(range(index, done, N)) for index in range(N)]  # tickets given to each actor so far
         self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
         self.finished = {}  # place in the order of training -> what the actor sent
@@ -743,10 +737,11 @@ class Actors:
         if number == signal.SIGCONT:  # the job was suspended: that actors sent nothing for long means nothing
             self.heard = [time.perf_counter()] * len(self.heard)
             return
-        end = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-        if self.end:
+        end, now = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number), time.perf_counter()
+        if not self.end:
+            self.end, self.signalled = end, now
+        elif now > self.signalled + 1:  # else it is the same one, from a scheduler and from torchrun
             raise end
-        self.end = end
 
     def launch(self, index, pause=0):
         """Start an actor, which waits for `pause` seconds first, and send it the tickets that its predecessor left."""
@@ -856,25 +851,51 @@ class Actors:
 
 def connect(args):
     """Join the other learners, where torchrun has started several. Raises RunError if one does not come."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: leave with torchrun, however it ends
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: leave with torchrun, however it ends
-        backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
-        timeout = timedelta(seconds=args.learner_timeout)
+        gpus = args.cuda and torch.cuda.is_available()
+        if gpus:
+            torch.cuda.set_device(LOCAL_RANK)
         with exchange():
-            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-            # Started again, learners would find the addresses of those before
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(backend, None, timeout, WORLD_SIZE, RANK, store)
+            store = job_store(args)
+            # Learners that were started again must not find the addresses of those before
+            store = dist.PrefixStore(f"attempt {store.add(f'attempts of {RANK}', 1)}", store)
+            timeout = timedelta(seconds=args.learner_timeout)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", None, timeout, WORLD_SIZE, RANK, store)
+
+
+def job_store(args):
+    """What all learners share, also with those before them that torchrun has started again."""
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=args.learner_timeout)))[0]
+
+
+def run_folder(args):
+    """The folder of this run, and where to resume from: "" to begin. Raises UsageError if learners have other flags."""
+    for flags in gather(vars(args)):
+        for name, value in flags.items():
+            advice = f"another learner has {value}; all must have the same flags"
+            check(args, name, value == getattr(args, name), advice)
+    name = f"runs/{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
+    folder, resume = f"{name}__{int(time.time())}", args.resume
+    if WORLD_SIZE > 1 and RANK == 0:
+        store = job_store(args)
+        if store.add(f"starts of {name}", 1) > 1 and not resume:
+            folder = store.get(f"folder of {name}").decode()
+            resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else ""
+            tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
+        store.set(f"folder of {name}", folder)
+    return from_first((folder, resume))
 
 
 @contextlib.contextmanager
 def exchange():
-    """Around what needs all learners: raises RunError if one has ended or does not answer."""
+    """Around what needs all learners: raises RunError if one has ended or does not answer (by gloo; NCCL ends the
+    process)."""
     try:
         yield
-    except RuntimeError as error:
-        reason = f"{error}".splitlines()[0][:300]
+    except (RuntimeError, ValueError) as error:
+        reason = f"{error}".partition("\n")[0][:300]
         raise RunError(f"another learner has ended, or has not answered in --learner-timeout ({reason})") from None
 
 
@@ -897,7 +918,11 @@ def gather(value):
 
 def from_first(value):
     """The `value` of the learner with rank 0, in every learner. Raises RunError."""
-    return gather(value if RANK == 0 else None)[0]
+    box = [value]
+    if WORLD_SIZE > 1:
+        with exchange():
+            dist.broadcast_object_list(box, src=0, device="cpu")
+    return box[0]
 
 
 def all_sum(tensor):
@@ -927,6 +952,18 @@ def minibatch_shares(rows, num_minibatches, device):
     """This learner's share of each minibatch, if each learner splits its rows evenly: [num_minibatches]."""
     sizes = torch.tensor([len(part) for part in torch.arange(rows).tensor_split(num_minibatches)])
     return (sizes / all_sum(sizes.clone())).to(device)
+
+
+def normalize_advantages(advantages, shares):
+    """Advantages of all minibatches of an epoch, [M] each: minus the mean, over the standard deviation of the minibatch
+    of all learners, in which this one's are a share each."""
+
+    def means(parts):
+        return all_sum(shares * torch.stack([part.mean() for part in parts]))
+
+    centred = [part - mean for part, mean in zip(advantages, means(advantages), strict=True)]
+    variances = means([part.square() for part in centred])
+    return [part / (variance.sqrt() + 1e-8) for part, variance in zip(centred, variances, strict=True)]
 
 
 def average_gradients(agent, share):
@@ -959,7 +996,6 @@ def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counter
     new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. The first learner writes for all.
     Raises RunError."""
     state = {"script": os.path.basename(__file__), "args": vars(args), "rng": gather(torch.get_rng_state())}
-    state["job"] = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if RANK > 0:
         return
     state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
@@ -1009,20 +1045,6 @@ def read_checkpoint(path):
     if state["script"] != script:
         raise UsageError(f"--resume {path}: a checkpoint of {state['script']}, not of {script}")
     return os.path.dirname(file) or ".", state
-
-
-def restart_point(args):
-    """The newest folder with a checkpoint that this job wrote before torchrun started its learners again; else ""."""
-    if RANK > 0 or not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        return from_first("")
-    files = glob.glob(f"{glob.escape(run_name(args))}__*/checkpoint.pt")
-    for file in sorted(files, key=os.path.getmtime, reverse=True):
-        with contextlib.suppress(UsageError):
-            if read_checkpoint(file)[1]["job"] == os.environ["TORCHELASTIC_RUN_ID"]:
-                tell(f"started again by torchrun; going on from {file}")
-                return from_first(os.path.dirname(file))
-    tell("started again by torchrun; there is no checkpoint yet (--checkpoint-interval)")
-    return from_first("")
 
 
 def restore(state, agent, optimizer, store, statistics):
@@ -1164,8 +1186,7 @@ def train(args):
     args = replace(args)  # the caller's stays as it is
     validate(args)
     connect(args)
-    folder = from_first(f"{run_name(args)}__{int(time.time())}")
-    resume = args.resume or restart_point(args)
+    folder, resume = run_folder(args)
     if resume:
         folder, saved = load_checkpoint(resume)
         check_resume(args, saved)
@@ -1255,10 +1276,11 @@ def train(args):
             terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
             targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
             # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, advantages, targets)
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, targets, advantages)
             valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
             rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
-            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, _, b_targets = rows
+            *rows, b_advantages = rows
+            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_targets = rows
             b_values, b_learner_ratios = values[:-1][batch.valid], b_learner_log_ratios.exp()
 
             # OPTIMISE: minibatch updates of pi
@@ -1266,25 +1288,30 @@ def train(args):
             optimizer.param_groups[0]["lr"] = lr
             samples = sum(gather(len(b_obs)))  # of all learners
             share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
-            updates = []
+            updates, weights = [], []
             for _ in range(args.update_epochs):
                 # Each row once per epoch; the minibatches' sizes differ by one at most
                 minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
-                for mb, mb_share in zip(minibatches, shares, strict=True):
+                advantages = [b_advantages.index_select(0, mb) for mb in minibatches]
+                if args.norm_adv:
+                    advantages = normalize_advantages(advantages, shares)
+                for mb, mb_advantages, mb_share in zip(minibatches, advantages, shares, strict=True):
                     mb_rows = (row.index_select(0, mb) for row in rows)
-                    loss, update = minibatch_loss(agent, args, kl_coef, mb_share, *mb_rows)
+                    loss, update = minibatch_loss(agent, args, kl_coef, mb_advantages, *mb_rows)
                     optimizer.zero_grad()
                     loss.backward()
                     average_gradients(agent, mb_share)
                     update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     updates.append(update)
+                    weights.append(mb_share / share)  # 1 for a single learner
                 kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]])
                 if args.target_kl is not None and global_mean(share, kl) > args.target_kl:
                     break
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
-            means = {name: torch.stack([update[name] for update in updates]).mean().item() for name in updates[0]}
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
             with torch.no_grad():
                 final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
                 final_ratios = final_log_ratios.exp()
@@ -1317,13 +1344,14 @@ def train(args):
                 "stats/rollout_time": sum(acts) / len(acts),
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
-                "stats/actor_restarts": actors.restarts,
             }
             scalars = global_means(share, means) | {"charts/learning_rate": lr}
             scalars["losses/kl_coef"] = used_kl_coef
             scalars["charts/SPS"] = global_step / seconds["total"]
-            lags, ended = (list(itertools.chain(*parts)) for parts in zip(*gather((lags, ended)), strict=True))
+            everyone = zip(*gather((lags, ended, [actors.restarts])), strict=True)
+            lags, ended, restarts = (list(itertools.chain(*parts)) for parts in everyone)
             scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
+            scalars["stats/actor_restarts"] = sum(restarts)
             episodes = [episode for part in ended for episode in part]
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
@@ -1361,16 +1389,14 @@ def train(args):
     )
     if RANK == 0:
         print(summary)
-        if args.save_model or args.capture_video:
-            model = f"{folder}/{args.exp_name}.cleanrl_model"
-            save_model(model, args, agent)
-            print(f"model saved to {model}", flush=True)
-            evaluate(replace(args, evaluate=model, resume=""))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if RANK == 0 and (args.save_model or args.capture_video):
+        model = f"{folder}/{args.exp_name}.cleanrl_model"
+        save_model(model, args, agent)
+        print(f"model saved to {model}", flush=True)
+        evaluate(replace(args, evaluate=model, resume=""))
     return agent
-
-
-def run_name(args):
-    return f"runs/{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
 
 
 def typed_flags():
@@ -1406,7 +1432,7 @@ if __name__ == "__main__":
         flags = typed_flags()
         evaluate(flags) if flags.evaluate else train(flags)
     except (UsageError, RunError, OSError) as error:
-        if RANK == 0 or not isinstance(error, UsageError):  # which all learners have in common
+        if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:

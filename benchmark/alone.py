@@ -3,6 +3,7 @@
     python benchmark/alone.py learner vaco_async_mujoco --seconds 30 [any flag of the script]
     python benchmark/alone.py actors vaco_async_atari --seconds 30 --bf16
     python benchmark/alone.py envpool vaco_async_atari --seconds 30
+    torchrun --standalone --nproc-per-node 2 benchmark/alone.py learner vaco_async_mujoco    # of all learners together
 
 `learner` trains over and over on the rollouts of the first batch, which are there at once; `actors` collects batches
 with the first policy and throws them away; `envpool` steps the same environments with random actions, one process per
@@ -39,13 +40,14 @@ def alone(script, part, seconds):
             begun = time.perf_counter()
             super().start(*arguments)
             print(f"{self.args.num_actors} actors ready after {time.perf_counter() - begun:.1f} s")
+            print(f"{sum(parameter.numel() for parameter in arguments[0]().parameters())} parameters")
 
         def count(self):
             self.batches += 1
             if self.batches == WARM_UP:
                 self.begun = time.perf_counter()
-            elif self.begun and time.perf_counter() - self.begun > seconds:
-                samples = self.args.rollouts_per_batch * self.args.num_steps * self.args.num_envs
+            elif self.begun and any(script.gather(time.perf_counter() - self.begun > seconds)):
+                samples = self.args.rollouts_per_batch * self.args.num_steps * self.args.num_envs * script.WORLD_SIZE
                 speed = (self.batches - WARM_UP) * samples / (time.perf_counter() - self.begun)
                 raise Done(f"{part} alone: {speed:.0f} steps/s")
 
@@ -100,7 +102,8 @@ def main():
     try:
         script.train(replace(args, exp_name=f"{part}_alone", total_timesteps=10**9))
     except Done as done:
-        print(done)
+        if script.RANK == 0:
+            print(done)
 
 
 if __name__ == "__main__":

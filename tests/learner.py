@@ -10,6 +10,7 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,29 +23,46 @@ def kill_an_actor():
     os.kill(next(child.pid for child in mp.active_children() if child.name.startswith("actor")), signal.SIGKILL)
 
 
+def stop():
+    """For 20 s; torchrun would wait longer before it kills a learner that does not leave when told to."""
+    subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"], cwd="/", start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 DEEDS = {
     "kill an actor": kill_an_actor,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop": stop,
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
 
 
-def as_by_learners(args, columns):
-    """The order of the rows of a whole batch in which each minibatch has those of two learners, each in its order."""
+class AsByLearners:
+    """Instead of torch.randperm, for one process with the data of two learners: minibatches that have the rows of both,
+    each learner's in order. `batch` gives the batch in hand; the second half of its columns is the second learner's."""
 
-    def permutation(rows):
-        steps = rows // columns
-        order = torch.arange(rows).view(steps, 2, columns // 2)  # time-major: the second learner's are the last columns
-        parts = [order[:, rank].flatten().tensor_split(args.num_minibatches) for rank in (0, 1)]
-        return torch.cat([part for pair in zip(*parts, strict=True) for part in pair])
+    def __init__(self, batch):
+        self.batch = batch
 
-    return permutation
+    def __call__(self, rows):
+        columns = self.batch().valid.shape[1]
+        second = (torch.arange(columns) >= columns // 2).expand(self.batch().valid.shape)
+        second = second[self.batch().valid] if rows > columns else second[0]  # IMPALA's minibatches are of columns
+        self.learners = [(second == learner).nonzero().squeeze(-1) for learner in (False, True)]
+        return self
+
+    def to(self, device):
+        return self
+
+    def tensor_split(self, number):
+        return [torch.cat(parts) for parts in zip(*(rows.tensor_split(number) for rows in self.learners), strict=True)]
+
+    chunk = tensor_split
 
 
 def main():
     script, options, published = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2]), []
-    args = script.Args(**options["flags"])
+    args = script.Args(**options["flags"] | options.get(f"flags of {script.RANK}", {}))
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     publish = script.PolicyStore.publish
 
@@ -59,8 +77,9 @@ def main():
         torch.randperm = torch.arange
     try:
         script.train(args)
-    except script.RunError as error:
-        sys.exit(f"error of learner {script.RANK}: {error}")
+    except (script.RunError, script.UsageError) as error:
+        script.tell(f"error: {error}")
+        sys.exit(1)
     finally:
         torch.save(published, f"learner{script.RANK}.pt")
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, read_curves
-from learner import as_by_learners
+from learner import AsByLearners
+
+import impala_baseline
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LEARNER = str(REPOSITORY / "tests" / "learner.py")
@@ -84,11 +86,13 @@ def assert_all_gone():
 def wait_for(condition, process):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.communicate()[0])
         time.sleep(0.1)
 
 
-UNEVEN = {"env_id": "InvertedPendulum-v4", "num_minibatches": 1, "update_epochs": 3}  # episodes end: dummy rows
+UNEVEN = {"env_id": "InvertedPendulum-v4", "update_epochs": 3}  # episodes end: dummy rows
 # Few steps: one action that rounding makes another changes all that follows
 ATARI = {
     "env_id": "Pong-v5",
@@ -97,14 +101,13 @@ ATARI = {
     "total_timesteps": 250,
 }
 CASES = {
-    "vaco_async_mujoco": [{"tv_threshold": 0.002}, UNEVEN | {"tv_threshold": 0.01}],
+    "vaco_async_mujoco": [UNEVEN | {"tv_threshold": 0.01}],
     "vaco_async_atari": [ATARI | {"tv_threshold": 0.002}],
     "ppo_async_baseline": [
-        {"objective": "kl", "kl_target": 1e-4},
         UNEVEN | {"objective": "kl", "kl_target": 1e-3},
         UNEVEN | {"target_kl": 2e-4, "update_epochs": 20},
     ],
-    "impala_baseline": [{}, UNEVEN, {"sum_loss": True, "learning_rate": 1e-4}],
+    "impala_baseline": [UNEVEN, {"sum_loss": True, "learning_rate": 1e-4}],
 }
 
 
@@ -117,27 +120,51 @@ def test_two_learners_are_one_with_the_data_of_both(script, changes, monkeypatch
     finished(torchrun(script, {"in_order": True}, **changes))
     both, logged = assert_equal_learners(), read_curves(".")
     Path("runs").rename("runs of two")
-    script, alone = importlib.import_module(script), []
+    script, alone, batches = importlib.import_module(script), [], []
 
     def recorded_publish(self, agent, version, publish=script.PolicyStore.publish):
         alone.append({name: tensor.clone() for name, tensor in agent.state_dict().items()})
         publish(self, agent, version)
 
-    args = script.Args(**SMALL | changes | {"num_actors": 4, "rollouts_per_batch": 4})
+    def recorded_batch(self, slots, device, batch=script.Rollouts.batch):
+        batches.append(batch(self, slots, device))
+        return batches[-1]
+
     monkeypatch.setattr(script.PolicyStore, "publish", recorded_publish)
-    if args.num_minibatches > 1:  # else nothing depends on the order of the rows
-        monkeypatch.setattr(torch, "randperm", as_by_learners(args, 4 * args.num_envs))
-    script.train(args)
+    monkeypatch.setattr(script.Rollouts, "batch", recorded_batch)
+    monkeypatch.setattr(torch, "randperm", AsByLearners(lambda: batches[-1]))
+    script.train(script.Args(**SMALL | changes | {"num_actors": 4, "rollouts_per_batch": 4}))
     curves = read_curves(".")
     assert len(alone) == len(both) >= 4
     assert any(not torch.equal(one, other) for one, other in zip(alone[0].values(), alone[-1].values(), strict=True))
     for version, (one, other) in enumerate(zip(alone, both, strict=True)):
         for name in one:
             assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), f"{name} of version {version}"
+    if "tv_threshold" in changes:  # the gate is neither always open nor always closed
+        assert 0 < sum(curves["filter/gate_open"]) < len(curves["filter/gate_open"])
+    if "objective" in changes:
+        assert len(set(curves["losses/kl_coef"])) > 1
+    if changes.items() >= UNEVEN.items():
+        valid = [batch.valid.unflatten(1, (2, -1)).sum((0, 2)) for batch in batches]
+        assert any(first != second for first, second in valid)
     own = ("stats/", "charts/SPS", "losses/explained_variance", "lag/ess")  # the last two: means over learners
     for tag in curves:
         if not tag.startswith(own):
             assert logged[tag] == pytest.approx(curves[tag], rel=0.02, abs=2e-4), tag
+
+
+def test_the_same_learners_compute_the_same_again():
+    runs = []
+    for _ in range(2):
+        finished(torchrun("vaco_async_mujoco", **UNEVEN))
+        runs.append(assert_equal_learners())
+    for one, other in zip(*runs, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_learners_with_different_flags_are_refused():
+    process = torchrun("vaco_async_mujoco", {"flags of 1": {"update_epochs": 3}})
+    assert "--update-epochs 2: another learner has 3" in finished(process, code=1)
 
 
 def test_an_actor_killed_beside_one_learner_is_replaced():
@@ -170,22 +197,25 @@ def test_signals_to_torchrun_save_and_end_all_learners(number):
     (run,) = Path("runs").iterdir()
     step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
     assert f"stopped at step {step};" in output
-    finished(torchrun("impala_baseline", resume=str(run), total_timesteps=step + 500))
+    # One learner goes on alone
+    args = impala_baseline.Args(**SMALL | {"resume": str(run), "total_timesteps": step + 500, "checkpoint_interval": 1})
+    impala_baseline.train(args)
     assert read_curves(".", "step")["losses/policy_loss"][-1] >= step + 500
 
 
 def test_one_interrupted_learner_ends_all_with_a_checkpoint():
     output = finished(torchrun("vaco_async_mujoco", {"deed": "interrupt"}, total_timesteps=10**6), code=1)
     (run,) = Path("runs").iterdir()
-    assert "error of learner 0: another learner has ended the run" in output
+    assert "learner 0: error: another learner has ended the run" in output
     assert torch.load(run / "checkpoint.pt", weights_only=True)["version"] == len(assert_equal_learners()) - 1
     assert_all_gone()
 
 
 def test_a_learner_that_does_not_answer_ends_the_run():
-    options = {"total_timesteps": 10**6, "learner_timeout": 4}
+    options = {"total_timesteps": 10**6, "learner_timeout": 10}
     output = finished(torchrun("vaco_async_mujoco", {"deed": "stop"}, **options), code=1)
-    assert "error of learner 0: another learner has ended, or has not answered in --learner-timeout" in output
+    assert "learner 0: error: another learner has ended, or has not answered in --learner-timeout" in output
+    assert len(published(0)) == 5  # it was not the start that took too long
     assert_all_gone()
 
 
@@ -216,11 +246,11 @@ def hosts():
     one, other = hosts
     try:
         ip("netns", "add", one)
+        ip("netns", "add", other)
+        ip("-netns", one, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", other)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces need root and iproute2's `ip`: {error}")
     try:
-        ip("netns", "add", other)
-        ip("-netns", one, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", other)
         for name, address in hosts.items():
             ip("-netns", name, "address", "add", f"{address}/24", "dev", "link0")
             for device in ("lo", "link0"):
@@ -266,7 +296,7 @@ def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, 
         for process in processes:
             process.kill()
     for rank, output in enumerate(outputs):
-        assert f"error of learner {rank}: another learner has ended, or has not answered" in "".join(outputs), output
+        assert f"learner {rank}: error: another learner has ended, or has not answered" in "".join(outputs), output
     assert_all_gone()
     (run,) = Path("runs").iterdir()
     for process in both(resume=str(run), total_timesteps=step() + 500):

@@ -1,0 +1,100 @@
+"""What several learners gain: measured for two on this machine, computed for more.
+
+    python benchmark/scaling.py [script, vaco_async_mujoco if none is given] [any flag of it]
+
+Runs one learner without actors (alone.py), two that know nothing of each other, and two of torchrun, and measures an
+all-reduce of one number, which VACO's gate needs, and one of all gradients between two processes on this machine.
+
+The table for more learners, one per host, is computed, not measured. A ring of n passes 2 (n - 1) messages on; each
+takes as long as one of one number here between two processes, plus the time of its bytes at 10 or 100 Gbit/s. The
+efficiency is the time of a gradient step over that with its messages: nothing overlaps.
+"""
+
+import importlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 20
+
+
+def learner_speeds(commands):
+    """Run learners side by side: their steps per second, and how many parameters they have."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+            for command in commands
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+    sizes = [int(re.search(r"(\d+) parameters", output)[1]) for output in outputs]
+    return [float(re.search(r"learner alone: (\d+)", output)[1]) for output in outputs], sizes[0]
+
+
+def time_messages(sizes, repeats=500):
+    """What torchrun starts this file for: print the time of an all-reduce of so many float32, median and mean."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for size in sizes:
+        numbers, times = torch.zeros(size), []
+        for _ in range(repeats):
+            dist.barrier()
+            begun = time.perf_counter()
+            dist.all_reduce(numbers)
+            times.append(time.perf_counter() - begun)
+        if dist.get_rank() == 0:
+            print(f"all-reduce {size} {statistics.median(times)} {statistics.mean(times)}", flush=True)
+    dist.destroy_process_group()
+
+
+def main():
+    flags = sys.argv[1:] or ["vaco_async_mujoco"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    learner = [str(HERE / "alone.py"), "learner", *flags, "--seconds", str(SECONDS)]
+    (one,), size = learner_speeds([[sys.executable, *learner]])
+    apart = sum(learner_speeds([[sys.executable, *learner]] * 2)[0])
+    (together,), _ = learner_speeds([[*torchrun, *learner]])
+
+    sys.path.insert(0, str(HERE.parent))
+    script = importlib.import_module(flags[0])
+    args = script.tyro.cli(script.Args, args=flags[1:])
+    script.validate(args)
+    output = subprocess.run([*torchrun, __file__, "messages", str(size)], capture_output=True, text=True).stdout
+    found = re.findall(r"all-reduce \d+ (\S+) (\S+)", output)
+    small, large = ([float(seconds) for seconds in times] for times in found)
+    small_messages = int(flags[0].startswith("vaco"))  # the gate's
+
+    steps = args.update_epochs * args.num_minibatches
+    samples = args.rollouts_per_batch * args.num_steps * args.num_envs
+    step = samples / one / steps  # seconds per gradient step, with its part of what is done once per batch
+    beside, joined = 2 * samples / apart / steps, 2 * samples / together / steps
+    print(f"\n{flags[0]}, {size} parameters, {args.num_minibatches} minibatches of {samples // args.num_minibatches}\n")
+    print("| learners | steps/s | of twice one | ms per gradient step |\n|---|---|---|---|")
+    print(f"| 1 | {one:.0f} | | {step * 1e3:.2f} |")
+    print(f"| 2 that know nothing of each other | {apart:.0f} | {apart / one / 2:.0%} | {beside * 1e3:.2f} |")
+    print(f"| 2 by torchrun | {together:.0f} | {together / one / 2:.0%} | {joined * 1e3:.2f} |")
+    print("\n| all-reduce between two processes | per step | median ms | mean ms |\n|---|---|---|---|")
+    print(f"| one number | {small_messages} | {small[0] * 1e3:.2f} | {small[1] * 1e3:.2f} |")
+    print(f"| gradients, {4 * size / 1e3:.0f} kB | 1 | {large[0] * 1e3:.2f} | {large[1] * 1e3:.2f} |")
+    print("\nComputed, not measured:\n")
+    print("| learners | kB sent per learner and step | 10 Gbit/s | 100 Gbit/s |\n|---|---|---|---|")
+    for n in (8, 64, 512):
+        sent, row = 2 * (n - 1) / n * 4 * size, []
+        for rate in (10e9 / 8, 100e9 / 8):
+            messages = (small_messages + 1) * 2 * (n - 1) * small[0] / 2
+            row.append(f"{step / (step + messages + sent / rate):.0%}")
+        print(f"| {n} | {sent / 1e3:.0f} | {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["messages"]:
+        time_messages([1, int(sys.argv[2])])
+    else:
+        main()
