@@ -3,10 +3,11 @@
 What differs from vaco_async_mujoco.py is the objective (`--objective`), and that Atari games are played too. Actors act
 with old versions of the policy (*policy lag*); advantages are GAE on the learner's critic, on data as old as it is.
 
-    python ppo_async_baseline.py                                                 # PPO-clip, HalfCheetah-v4
-    python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8   # PPO-KL, injected lag
-    python ppo_async_baseline.py --env-id Pong-v5                                # Atari, with its own defaults
-    python ppo_async_baseline.py --lag-schedule fixed --lag 0 --num-actors 1     # synchronous PPO
+    python ppo_async_baseline.py                                # PPO-clip, HalfCheetah-v4
+    python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8  # PPO-KL, lag
+    python ppo_async_baseline.py --env-id Pong-v5               # Atari, with its own defaults
+    python ppo_async_baseline.py --lag-schedule fixed --lag 0 --num-actors 1    # synchronous PPO
+    python ppo_async_baseline.py --evaluate runs/RUN/ppo_async_baseline.cleanrl_model
 
   PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                  |
@@ -18,8 +19,9 @@ with old versions of the policy (*policy lag*); advantages are GAE on the learne
 """
 
 import contextlib
-import ctypes
+import ctypes.util
 import difflib
+import importlib.util
 import io
 import itertools
 import math
@@ -67,17 +69,29 @@ class Args:
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
     compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs g++, or CXX
+    actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
+    learner_threads: int = 1  # CPU threads of the learner; the MLPs do not gain from more, the CNN does
 
-    # an envpool task with a floating-point Box action space (MuJoCo, dm_control, ...), or an Atari game (Pong-v5, ...);
-    # flags whose help gives two defaults, continuous control's and Atari's, follow it
+    # a task of envpool (MuJoCo, dm_control, ...), or any environment of gymnasium (yours: my_module:MyEnv-v0 imports
+    # my_module, which registers it), with a floating-point Box action space, or an Atari game (Pong-v5, ...). Flags
+    # whose help gives two defaults, continuous control's and Atari's, follow it
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int | None = None  # environment steps to train for; 1M, Atari 10M (frame skip not counted)
     episodic_life: bool = True  # Atari: if toggled, a lost life ends an episode, but for the score
     reward_clip: bool = True  # Atari: if toggled, the learner sees the sign of rewards; scores are raw
     repeat_action_probability: float = 0.0  # Atari: the probability of a sticky action
     bf16: bool = False  # Atari: if toggled, the CNN computes in bfloat16, in learner and actors
-    learner_threads: int = 1  # CPU threads of the learner; the MLPs do not gain from more, the CNN does
-    actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
+
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
+    wandb_project_name: str = "vaco"  # the project there
+    wandb_entity: str | None = None  # the user or team there; None: your default
+    save_model: bool = False  # if toggled, the run ends by saving runs/{run}/{exp_name}.cleanrl_model and evaluating it
+    # train nothing, evaluate this .cleanrl_model: with the most likely actions, then with sampled ones. Its flags hold,
+    # but for those typed
+    evaluate: str = ""
+    eval_episodes: int = 10  # whole episodes per evaluation, one in each of as many environments
+    # if toggled, an evaluation films its first episode as mp4: pip install imageio-ffmpeg. Means --save-model, too
+    capture_video: bool = False
 
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_timesteps, num_actors and those on how
@@ -135,6 +149,27 @@ DEFAULTS = {  # flag: (continuous control, Atari)
     "clip_coef": (0.2, 0.1),
 }
 
+# The groups of flags in --help, by the first flag of each
+HEADINGS = {
+    "exp_name": "run and machine",
+    "env_id": "environment",
+    "track": "tracking and evaluation",
+    "checkpoint_interval": "checkpoints and faults",
+    "num_actors": "actors: how old data is when it arrives (backward lag)",
+    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
+    "objective": "objective",
+}
+# What stands side by side under "Custom scalars" in TensorBoard
+LAYOUT = {
+    "policy lag": {
+        "return": ["Multiline", ["charts/episodic_return"]],
+        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
+        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
+        "KL": ["Multiline", ["losses/old_approx_kl", "losses/approx_kl"]],
+        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
+    }
+}
+
 
 class UsageError(Exception):
     """Flags that cannot work; the message is one line that names the flag and what to type instead."""
@@ -165,10 +200,10 @@ def validate(args):
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     lowest |= {"learner_threads": 1, "kl_target": 1e-9, "spo_eps": 1e-9, "max_importance": 1e-9, "kl_coef": 1e-4}
-    lowest |= {"actor_timeout": 1, "learner_timeout": 1}
+    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
-    highest |= {"learner_threads": 256, "actor_nice": 19}
+    highest |= {"learner_threads": 256, "actor_nice": 19, "eval_episodes": 256}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -181,6 +216,10 @@ def validate(args):
     compiler = os.environ.get("CXX", "g++")  # where torch looks
     check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
     check(args, "compile", not (args.compile and atari), "gains nothing with the CNN of Atari; type --no-compile")
+    for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
+        found = not getattr(args, name) or importlib.util.find_spec(package)
+        check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
+    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
@@ -195,7 +234,7 @@ def validate(args):
     check(args, "num_minibatches", args.num_minibatches in divisors, advice)
     if continuous_sizes(args.env_id) is None and not atari:
         closest = closest_tasks(args.env_id, lambda task: continuous_sizes(task) or atari_actions(task))
-        advice = "neither an envpool task with a floating-point Box action space, nor an Atari game; closest: "
+        advice = "no Atari game, nor a task (of envpool or gymnasium) with a floating-point Box action space; closest: "
         check(args, "env_id", False, advice + ", ".join(closest))
 
 
@@ -207,7 +246,8 @@ def closest_tasks(env_id, supported):
 
 
 def continuous_sizes(env_id):
-    """(observation size, action size) of an envpool task with a floating-point Box action space; None of any other."""
+    """(observation size, action size) of an envpool task or a gymnasium environment with a floating-point Box action
+    space; None of any other. "module:MyEnv-v0" imports the module, which registers the environment."""
 
     def size(space):
         return sum(map(size, space.values())) if isinstance(space, gym.spaces.Dict) else math.prod(space.shape)
@@ -215,28 +255,37 @@ def continuous_sizes(env_id):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            spec = envpool.make_spec(env_id)
-            obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
-    except Exception:  # unknown, or without the system libraries or files that it needs
+            if env_id in envpool.list_all_envs():
+                spec = envpool.make_spec(env_id)
+                obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+            else:
+                with contextlib.closing(gym.make(env_id)) as env:
+                    obs_space, action_space = env.observation_space, env.action_space
+    except (gym.error.Error, ImportError, RuntimeError):  # unknown, or without the libraries or files that it needs
         return None
     if isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
         return size(obs_space), size(action_space)
 
 
 class ContinuousEnvs:
-    """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to `obs` [C, D].
+    """The environments of one actor: C copies of a task; observations (dicts too) flattened to `obs` [C, D].
 
-    envpool resets on the *next* step: the observation that comes with the end of an episode is its true last one, and
-    the step after it ignores the action and returns the first observation of the next episode. That dummy step
-    is no data, whatever its reward: `valid` [C] is False where the coming step is one. Environment i has seed + i.
+    The task is envpool's, or else gymnasium's. Both reset on the *next* step: the observation that comes with the end
+    of an episode is its true last one, and the step after it ignores the action and returns the first observation of
+    the next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is
+    one. Environment i has seed + i.
     """
 
-    def __init__(self, env_id, num_envs, seed):
-        self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
+    def __init__(self, env_id, num_envs, seed, **options):
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
-        obs, info = self.envs.reset()
-        # An envpool built for another numpy returned the values of one environment for all of them
-        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+        if env_id in envpool.list_all_envs():
+            self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
+            obs, info = self.envs.reset()
+            # An envpool built for another numpy returned the values of one environment for all of them
+            assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+        else:  # resets on the next step, too
+            self.envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
+            obs, _ = self.envs.reset(seed=seed)
         self.obs = self.flatten(obs)
 
     def flatten(self, obs):
@@ -253,12 +302,13 @@ class ContinuousEnvs:
 
         Clips the actions to the action space: envpool would charge the control cost of the unclipped ones.
         """
-        space = self.envs.action_space
+        space = self.envs.single_action_space
         actions = np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
         obs, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.returns, self.lengths = self.returns + rewards * self.valid, self.lengths + self.valid
         self.obs, done = self.flatten(obs), terminated | truncated
         episodes = list(zip(self.returns[done], self.lengths[done], strict=True))
+        self.ended = np.flatnonzero(done)  # in which environment each episode was
         self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
         return rewards, terminated, truncated, episodes
 
@@ -305,6 +355,7 @@ class AtariEnvs:
         self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
         self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
         episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
+        self.ended = np.concatenate([np.flatnonzero(unseen), np.flatnonzero(self.over)])  # where each game was
         self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
         self.obs = np.moveaxis(obs, 1, -1)
         return rewards, terminated, truncated, episodes
@@ -420,10 +471,13 @@ class Agent(nn.Module):
         z = (actions - policy) * torch.exp(-self.actor_logstd)
         return (-0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def act(self, obs, generator):
-        """Sample: raw observations [C, ...] -> actions [C] or [C, A], log-probabilities [C]."""
+    def act(self, obs, generator=None):
+        """Raw observations [C, ...] -> sampled or, without a generator, the most likely actions [C] or [C, A], and
+        log-probabilities [C]."""
         policy = self.actor(self.features(self.normalize(obs)))
-        if self.atari:
+        if generator is None:
+            actions = policy.argmax(-1) if self.atari else policy
+        elif self.atari:
             actions = torch.multinomial(policy.log_softmax(-1).exp(), 1, generator=generator).squeeze(-1)
         else:
             actions = policy + torch.exp(self.actor_logstd) * torch.randn(policy.shape, generator=generator)
@@ -828,7 +882,7 @@ def run_folder(args, subject):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
-    name = f"runs/{subject.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
     folder, resume = f"{name}__{int(time.time())}", args.resume
     if WORLD_SIZE > 1 and RANK == 0:
         store = job_store(args)
@@ -1018,10 +1072,118 @@ def check_resume(args, state):
     check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
     free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
+    free |= {"track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
     free |= {"learner_timeout"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)
+
+
+def build(args):
+    """The functions that make an agent, and the environments of one actor from (their number, seed)."""
+    names = ("episodic_life", "reward_clip", "repeat_action_probability")
+    if num_actions := atari_actions(args.env_id):
+        make_envs = partial(AtariEnvs, args.env_id, **{name: getattr(args, name) for name in names})
+        return partial(Agent, 0, num_actions, True, args.bf16), make_envs
+    return partial(Agent, *continuous_sizes(args.env_id), False), partial(ContinuousEnvs, args.env_id)
+
+
+def start_tracking(args, folder):
+    """Begin, or go on with, a run of Weights & Biases: TensorBoard's curves go there, too. Raises UsageError."""
+    import wandb
+
+    name = os.path.basename(os.path.normpath(folder))
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name[-128:]}
+    try:
+        return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+    except wandb.Error as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
+
+
+def save_model(path, args, agent):
+    """Write all that it takes to act to `path`: flags, the agent's arguments, weights, observation statistics."""
+    weights = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
+    script, sizes = os.path.basename(__file__), build(args)[0].args
+    torch.save({"script": script, "args": vars(args), "sizes": sizes, "weights": weights}, path)
+
+
+def load_model(path):
+    """The flags and the weights in a file of `save_model`. Raises UsageError."""
+    script = os.path.basename(__file__)
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        if model["script"] != script:
+            raise ValueError(f"of {model['script']}, not of {script}")
+        return Args(**model["args"]), model["weights"]
+    except Exception as error:  # files that are no models make torch raise all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise UsageError(f"--evaluate {path}: no model that can be read, type a .cleanrl_model ({reason})") from None
+
+
+def play(agent, envs, generator=None, see=None):
+    """One whole episode in each environment: its return, [C]. Actions are sampled with the generator, the most likely
+    ones without. `see` is called with each frame [height, width, 3] of environment 0."""
+    first = {}
+    with torch.inference_mode():
+        while len(first) < len(envs.valid):
+            if see:
+                see(np.ascontiguousarray(envs.envs.render()[0]))
+            actions, _ = agent.act(torch.from_numpy(envs.obs), generator)
+            *_, episodes = envs.step(actions.numpy())
+            for index, (episode_return, _) in zip(envs.ended, episodes, strict=True):
+                first.setdefault(int(index), float(episode_return))
+    return [first[index] for index in range(len(first))]
+
+
+def film(agent, make_envs, path):
+    """Film one episode to `path`, in a process of its own: MuJoCo ends the one in which it cannot render."""
+    import imageio_ffmpeg
+
+    try:
+        envs = make_envs(render_mode="rgb_array")
+        height, width, _ = envs.envs.render()[0].shape
+        writer = imageio_ffmpeg.write_frames(path, (width, height), fps=30, macro_block_size=2)
+        writer.send(None)
+        play(agent, envs, see=writer.send)
+        writer.close()
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def evaluate(args):
+    """Play `args.eval_episodes` whole episodes of the model `args.evaluate` with the most likely actions, and as many
+    with sampled ones; statistics are frozen. Prints and returns {"deterministic": returns, "sampled": returns}. Raises
+    UsageError."""
+    validate(args)
+    warnings.filterwarnings("ignore", message=".*precision lowered")
+    make_agent, make_envs = build(args)
+    agent, weights = make_agent(), load_model(args.evaluate)[1]
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in agent.state_dict().items()}:
+        raise UsageError(f"--evaluate {args.evaluate}: not a model for {args.env_id}, leave out --env-id")
+    agent.load_state_dict(weights)
+    seed = int(np.random.default_rng(args.seed).integers(2**31 - args.eval_episodes))  # other episodes than in training
+    results = {}
+    for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(seed))):
+        returns = results[name] = play(agent, make_envs(args.eval_episodes, seed), generator)
+        each = " ".join(f"{episode_return:.1f}" for episode_return in returns)
+        print(
+            f"evaluation, {name}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)}: {each}",
+            flush=True,
+        )
+    if args.capture_video:
+        path = f"{os.path.splitext(args.evaluate)[0]}.mp4"
+        process = mp.get_context("spawn").Process(target=film, args=(agent, partial(make_envs, 1, seed), path))
+        preloaded = os.environ.get("LD_PRELOAD", "")  # MuJoCo looks for libEGL by a name that envpool's copy has not
+        os.environ["LD_PRELOAD"] = f"{ctypes.util.find_library('EGL') or ''} {preloaded}"
+        process.start()
+        os.environ["LD_PRELOAD"] = preloaded
+        process.join()
+        if process.exitcode:
+            tell(f"no video: {args.env_id} cannot be rendered here; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri")
+        else:
+            print(f"video of the first deterministic episode: {path}")
+    return results
 
 
 def train(args):
@@ -1039,11 +1201,10 @@ def train(args):
     torch.set_num_threads(args.learner_threads)
     device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    atari = atari_actions(args.env_id) is not None
+    make_agent, make_envs = build(args)
+    obs_size, action_size, atari, *_ = make_agent.args
     if atari:
         keep_freed_memory()
-    obs_size, action_size = (0, atari_actions(args.env_id)) if atari else continuous_sizes(args.env_id)
-    make_agent = partial(Agent, obs_size, action_size, atari, args.bf16)
     agent = make_agent().to(device)
     same_start(agent, args.seed)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -1056,12 +1217,9 @@ def train(args):
     slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
     T, C = args.num_steps, args.num_envs
     if atari:
-        options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
-        make_envs = partial(AtariEnvs, args.env_id, C, **options)
         frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
         fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
     else:
-        make_envs = partial(ContinuousEnvs, args.env_id, C)
         fields = {"obs": torch.zeros(T + 1, C, obs_size), "actions": torch.zeros(T, C, action_size)}
     rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
 
@@ -1081,15 +1239,18 @@ def train(args):
         save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
     actors = Actors(args, slots_per_actor, version)
+    tracked = None
     if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
         writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     hidden = None if RANK == 0 else True  # None: where there is no terminal
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
     next_line = 0
     try:
-        actors.start(partial(make_agent, trained=False), make_envs, store, rollouts)
+        actors.start(partial(make_agent, trained=False), partial(make_envs, C), store, rollouts)
         actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
@@ -1221,6 +1382,8 @@ def train(args):
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
             if RANK == 0:
                 writer.close()
+        if tracked:
+            tracked.finish()
     if global_step < args.total_timesteps:
         if RANK == 0:
             tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
@@ -1234,29 +1397,46 @@ def train(args):
         print(summary)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if RANK == 0 and (args.save_model or args.capture_video):
+        model = f"{folder}/{args.exp_name}.cleanrl_model"
+        save_model(model, args, agent)
+        print(f"model saved to {model}", flush=True)
+        evaluate(replace(args, evaluate=model, resume=""))
     return agent
 
 
 def typed_flags():
-    """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
-    box = io.StringIO()
+    """The flags of the command line; with --resume or --evaluate, the file's are the defaults. Raises UsageError."""
+    out, box = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
             args = tyro.cli(Args)
             if args.resume:
                 connect(args)
                 args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
+            elif args.evaluate:
+                args = tyro.cli(Args, default=replace(load_model(args.evaluate)[0], evaluate=args.evaluate))
             return args
     except SystemExit as end:
         if end.code == 0:  # --help
+            print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
         raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
 
 
+def helpful(text):
+    """tyro's help, with the examples from the top of this file before it, and headings between the groups of flags."""
+    for name, heading in HEADINGS.items():
+        flag = f"\n  --{name.replace('_', '-')}"
+        text = text.replace(flag, f"\n\n {heading}{flag}", 1)
+    return "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE)) + "\n" + text
+
+
 if __name__ == "__main__":
     try:
-        train(typed_flags())
+        flags = typed_flags()
+        evaluate(flags) if flags.evaluate else train(flags)
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

@@ -4,10 +4,11 @@
 vaco_async_mujoco.py is the environment (stacks of frames, lives), the agent (one CNN for policy and critic) and the
 hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
 
-    python vaco_async_atari.py                                           # Pong-v5, 4 actors, free running
-    python vaco_async_atari.py --env-id Breakout-v5 --bf16               # bfloat16: faster where the processor has it
-    python vaco_async_atari.py --actor-device cuda --num-envs 64         # actors act on the GPU, too
-    python vaco_async_atari.py --lag-schedule mixture --lag 8            # each rollout by one of the last 9 versions
+    python vaco_async_atari.py                                 # Pong-v5, 4 actors, free running
+    python vaco_async_atari.py --env-id Breakout-v5 --bf16     # bfloat16: faster on some processors
+    python vaco_async_atari.py --actor-device cuda --num-envs 64   # actors act on the GPU, too
+    python vaco_async_atari.py --lag-schedule mixture --lag 8  # by one of the last 9 versions
+    python vaco_async_atari.py --evaluate runs/RUN/vaco_async_atari.cleanrl_model --capture-video
 
   PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                  |
@@ -19,8 +20,9 @@ hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
 """
 
 import contextlib
-import ctypes
+import ctypes.util
 import difflib
+import importlib.util
 import io
 import itertools
 import math
@@ -75,6 +77,17 @@ class Args:
     reward_clip: bool = True  # if toggled, the learner sees the sign of rewards; scores are raw
     repeat_action_probability: float = 0.0  # the probability of a sticky action, in place of the chosen one
 
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
+    wandb_project_name: str = "vaco"  # the project there
+    wandb_entity: str | None = None  # the user or team there; None: your default
+    save_model: bool = False  # if toggled, the run ends by saving runs/{run}/{exp_name}.cleanrl_model and evaluating it
+    # train nothing, evaluate this .cleanrl_model: with the most likely actions, then with sampled ones. Its flags hold,
+    # but for those typed
+    evaluate: str = ""
+    eval_episodes: int = 10  # whole episodes per evaluation, one in each of as many environments
+    # if toggled, an evaluation films its first episode as mp4: pip install imageio-ffmpeg. Means --save-model, too
+    capture_video: bool = False
+
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_timesteps, num_actors and those on how
     # the machine is used may be given anew
@@ -120,6 +133,28 @@ class Args:
     tv_anchor: Literal["behavior", "learner"] = "behavior"
 
 
+# The groups of flags in --help, by the first flag of each
+HEADINGS = {
+    "exp_name": "run and machine",
+    "env_id": "environment",
+    "track": "tracking and evaluation",
+    "checkpoint_interval": "checkpoints and faults",
+    "num_actors": "actors: how old data is when it arrives (backward lag)",
+    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
+    "align": "VACO: advantages aligned, gradients filtered",
+}
+# What stands side by side under "Custom scalars" in TensorBoard
+LAYOUT = {
+    "policy lag": {
+        "return": ["Multiline", ["charts/episodic_return"]],
+        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
+        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
+        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
+        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
+    }
+}
+
+
 class UsageError(Exception):
     """Flags that cannot work; the message is one line that names the flag and what to type instead."""
 
@@ -145,10 +180,10 @@ def validate(args):
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
     lowest["learner_threads"] = 1
-    lowest |= {"actor_timeout": 1, "learner_timeout": 1}
+    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
     highest |= {"rollouts_per_batch": 1024, "lag": 500, "repeat_action_probability": 1}
-    highest |= {"learner_threads": 256, "actor_nice": 19}
+    highest |= {"learner_threads": 256, "actor_nice": 19, "eval_episodes": 256}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -158,6 +193,10 @@ def validate(args):
     check(args, "cuda", not gpus or gpus >= here, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
+        found = not getattr(args, name) or importlib.util.find_spec(package)
+        check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
+    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
@@ -222,6 +261,7 @@ class AtariEnvs:
         self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
         self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
         episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
+        self.ended = np.concatenate([np.flatnonzero(unseen), np.flatnonzero(self.over)])  # where each game was
         self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
         self.obs = np.moveaxis(obs, 1, -1)
         return rewards, terminated, truncated, episodes
@@ -299,10 +339,12 @@ class Agent(nn.Module):
     def get_value(self, obs):
         return self.critic(self.features(obs)).squeeze(-1)
 
-    def act(self, obs, generator):
-        """Sample: frames [C, 84, 84, 4] -> actions [C], log-probabilities [C]. All on the CPU, but for the networks."""
+    def act(self, obs, generator=None):
+        """Frames [C, 84, 84, 4] -> sampled or, without a generator, the most likely actions [C], and log-probabilities
+        [C]. All on the CPU, but for the networks."""
         logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
-        actions = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        best = logprobs.argmax(-1, keepdim=True)
+        actions = torch.multinomial(logprobs.exp(), 1, generator=generator) if generator else best
         return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
 
     def evaluate(self, obs, actions):
@@ -703,7 +745,7 @@ def run_folder(args, subject):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
-    name = f"runs/{subject.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
     folder, resume = f"{name}__{int(time.time())}", args.resume
     if WORLD_SIZE > 1 and RANK == 0:
         store = job_store(args)
@@ -886,10 +928,115 @@ def check_resume(args, state):
     check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
     free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
+    free |= {"track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
     free |= {"learner_timeout"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)
+
+
+def build(args):
+    """The functions that make an agent, and the environments of one actor from (their number, seed)."""
+    options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
+    return partial(Agent, atari_actions(args.env_id), args.bf16), partial(AtariEnvs, args.env_id, **options)
+
+
+def start_tracking(args, folder):
+    """Begin, or go on with, a run of Weights & Biases: TensorBoard's curves go there, too. Raises UsageError."""
+    import wandb
+
+    name = os.path.basename(os.path.normpath(folder))
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name[-128:]}
+    try:
+        return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+    except wandb.Error as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
+
+
+def save_model(path, args, agent):
+    """Write all that it takes to act to `path`: flags, the agent's arguments, weights, observation statistics."""
+    weights = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
+    script, sizes = os.path.basename(__file__), build(args)[0].args
+    torch.save({"script": script, "args": vars(args), "sizes": sizes, "weights": weights}, path)
+
+
+def load_model(path):
+    """The flags and the weights in a file of `save_model`. Raises UsageError."""
+    script = os.path.basename(__file__)
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        if model["script"] != script:
+            raise ValueError(f"of {model['script']}, not of {script}")
+        return Args(**model["args"]), model["weights"]
+    except Exception as error:  # files that are no models make torch raise all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise UsageError(f"--evaluate {path}: no model that can be read, type a .cleanrl_model ({reason})") from None
+
+
+def play(agent, envs, generator=None, see=None):
+    """One whole episode in each environment: its return, [C]. Actions are sampled with the generator, the most likely
+    ones without. `see` is called with each frame [height, width, 3] of environment 0."""
+    first = {}
+    with torch.inference_mode():
+        while len(first) < len(envs.valid):
+            if see:
+                see(np.ascontiguousarray(envs.envs.render()[0]))
+            actions, _ = agent.act(torch.from_numpy(envs.obs), generator)
+            *_, episodes = envs.step(actions.numpy())
+            for index, (episode_return, _) in zip(envs.ended, episodes, strict=True):
+                first.setdefault(int(index), float(episode_return))
+    return [first[index] for index in range(len(first))]
+
+
+def film(agent, make_envs, path):
+    """Film one episode to `path`, in a process of its own: MuJoCo ends the one in which it cannot render."""
+    import imageio_ffmpeg
+
+    try:
+        envs = make_envs(render_mode="rgb_array")
+        height, width, _ = envs.envs.render()[0].shape
+        writer = imageio_ffmpeg.write_frames(path, (width, height), fps=30, macro_block_size=2)
+        writer.send(None)
+        play(agent, envs, see=writer.send)
+        writer.close()
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def evaluate(args):
+    """Play `args.eval_episodes` whole episodes of the model `args.evaluate` with the most likely actions, and as many
+    with sampled ones; statistics are frozen. Prints and returns {"deterministic": returns, "sampled": returns}. Raises
+    UsageError."""
+    validate(args)
+    warnings.filterwarnings("ignore", message=".*precision lowered")
+    make_agent, make_envs = build(args)
+    agent, weights = make_agent(), load_model(args.evaluate)[1]
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in agent.state_dict().items()}:
+        raise UsageError(f"--evaluate {args.evaluate}: not a model for {args.env_id}, leave out --env-id")
+    agent.load_state_dict(weights)
+    seed = int(np.random.default_rng(args.seed).integers(2**31 - args.eval_episodes))  # other episodes than in training
+    results = {}
+    for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(seed))):
+        returns = results[name] = play(agent, make_envs(args.eval_episodes, seed), generator)
+        each = " ".join(f"{episode_return:.1f}" for episode_return in returns)
+        print(
+            f"evaluation, {name}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)}: {each}",
+            flush=True,
+        )
+    if args.capture_video:
+        path = f"{os.path.splitext(args.evaluate)[0]}.mp4"
+        process = mp.get_context("spawn").Process(target=film, args=(agent, partial(make_envs, 1, seed), path))
+        preloaded = os.environ.get("LD_PRELOAD", "")  # MuJoCo looks for libEGL by a name that envpool's copy has not
+        os.environ["LD_PRELOAD"] = f"{ctypes.util.find_library('EGL') or ''} {preloaded}"
+        process.start()
+        os.environ["LD_PRELOAD"] = preloaded
+        process.join()
+        if process.exitcode:
+            tell(f"no video: {args.env_id} cannot be rendered here; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri")
+        else:
+            print(f"video of the first deterministic episode: {path}")
+    return results
 
 
 def train(args):
@@ -907,7 +1054,7 @@ def train(args):
     keep_freed_memory()
     device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    make_agent = partial(Agent, atari_actions(args.env_id), args.bf16)
+    make_agent, make_envs = build(args)
     agent = make_agent(device)
     same_start(agent, args.seed)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -919,9 +1066,6 @@ def train(args):
     frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
     fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
     rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
-
-    options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
-    make_envs = partial(AtariEnvs, args.env_id, C, **options)
 
     global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
     trained = (agent, optimizer, store, ())
@@ -936,15 +1080,18 @@ def train(args):
         save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
     actors = Actors(args, slots_per_actor, version)
+    tracked = None
     if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
         writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     hidden = None if RANK == 0 else True  # None: where there is no terminal
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
     next_line = 0
     try:
-        actors.start(partial(make_agent, args.actor_device, trained=False), make_envs, store, rollouts)
+        actors.start(partial(make_agent, args.actor_device, trained=False), partial(make_envs, C), store, rollouts)
         actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
@@ -1060,6 +1207,8 @@ def train(args):
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
             if RANK == 0:
                 writer.close()
+        if tracked:
+            tracked.finish()
     if global_step < args.total_timesteps:
         if RANK == 0:
             tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
@@ -1073,29 +1222,46 @@ def train(args):
         print(summary)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if RANK == 0 and (args.save_model or args.capture_video):
+        model = f"{folder}/{args.exp_name}.cleanrl_model"
+        save_model(model, args, agent)
+        print(f"model saved to {model}", flush=True)
+        evaluate(replace(args, evaluate=model, resume=""))
     return agent
 
 
 def typed_flags():
-    """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
-    box = io.StringIO()
+    """The flags of the command line; with --resume or --evaluate, the file's are the defaults. Raises UsageError."""
+    out, box = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
             args = tyro.cli(Args)
             if args.resume:
                 connect(args)
                 args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
+            elif args.evaluate:
+                args = tyro.cli(Args, default=replace(load_model(args.evaluate)[0], evaluate=args.evaluate))
             return args
     except SystemExit as end:
         if end.code == 0:  # --help
+            print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
         raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
 
 
+def helpful(text):
+    """tyro's help, with the examples from the top of this file before it, and headings between the groups of flags."""
+    for name, heading in HEADINGS.items():
+        flag = f"\n  --{name.replace('_', '-')}"
+        text = text.replace(flag, f"\n\n {heading}{flag}", 1)
+    return "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE)) + "\n" + text
+
+
 if __name__ == "__main__":
     try:
-        train(typed_flags())
+        flags = typed_flags()
+        evaluate(flags) if flags.evaluate else train(flags)
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

@@ -277,7 +277,7 @@ def tiny_model(problems):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)), tokenizer
 
 
-def load_model(args, problems):
+def load_language_model(args, problems):
     """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
     transformers.utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": args.model}
@@ -807,7 +807,7 @@ def run_folder(args, subject):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
-    name = f"runs/{subject.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
     folder, resume = f"{name}__{int(time.time())}", args.resume
     if WORLD_SIZE > 1 and RANK == 0:
         store = job_store(args)
@@ -994,7 +994,7 @@ def train(args):
     device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
     problems = Problems(args)
-    model, tokenizer = load_model(args, problems)
+    model, tokenizer = load_language_model(args, problems)
     make_agent = partial(Agent, model.config, model.generation_config, tokenizer, args)
     agent = make_agent()
     agent.model.load_state_dict(model.state_dict())
@@ -1176,7 +1176,7 @@ def train(args):
     return agent
 
 
-def typed_flags():
+def parsed_flags():
     """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
     box = io.StringIO()
     try:
@@ -1195,7 +1195,7 @@ def typed_flags():
 
 if __name__ == "__main__":
     try:
-        train(typed_flags())
+        train(parsed_flags())
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

@@ -5,11 +5,12 @@ of the policy (*policy lag*). VACO (1) *aligns*: once per batch, V-trace turns t
 advantages of the learner's policy (pi_T); (2) *filters*: when the total variation between the policy being optimised
 (pi) and beta is over a budget, the gradients that would raise it are dropped. No clipping.
 
-    python vaco_async_mujoco.py                                            # HalfCheetah-v4, 4 actors, free running
-    python vaco_async_mujoco.py --env-id Hopper-v4 --num-actors 16         # more actors: more backward lag
-    python vaco_async_mujoco.py --update-epochs 20 --num-minibatches 64    # more updates per batch: more forward lag
-    python vaco_async_mujoco.py --lag-schedule fixed --lag 0               # synchronous, bit-reproducible
-    python vaco_async_mujoco.py --lag-schedule mixture --lag 8             # each rollout by one of the last 9 versions
+    python vaco_async_mujoco.py                                     # HalfCheetah-v4, 4 actors
+    python vaco_async_mujoco.py --env-id Hopper-v4 --num-actors 16  # more backward lag
+    python vaco_async_mujoco.py --update-epochs 20                  # more forward lag
+    python vaco_async_mujoco.py --lag-schedule fixed --lag 0        # synchronous, bit-reproducible
+    python vaco_async_mujoco.py --lag-schedule mixture --lag 8      # by one of the last 9 versions
+    python vaco_async_mujoco.py --evaluate runs/RUN/vaco_async_mujoco.cleanrl_model --capture-video
 
   PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                  |
@@ -21,8 +22,9 @@ advantages of the learner's policy (pi_T); (2) *filters*: when the total variati
 """
 
 import contextlib
-import ctypes
+import ctypes.util
 import difflib
+import importlib.util
 import io
 import itertools
 import math
@@ -72,9 +74,21 @@ class Args:
     compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs g++, or CXX
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
 
-    # any envpool task with a floating-point Box action space: MuJoCo (-v4, -v5), dm_control (CheetahRun-v1), ...
+    # a task of envpool (MuJoCo -v4 and -v5, dm_control: CheetahRun-v1, ...), or any environment of gymnasium (yours:
+    # my_module:MyEnv-v0 imports my_module, which registers it), with a floating-point Box action space
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int = 1_000_000  # environment steps to train for
+
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
+    wandb_project_name: str = "vaco"  # the project there
+    wandb_entity: str | None = None  # the user or team there; None: your default
+    save_model: bool = False  # if toggled, the run ends by saving runs/{run}/{exp_name}.cleanrl_model and evaluating it
+    # train nothing, evaluate this .cleanrl_model: with the most likely actions, then with sampled ones. Its flags hold,
+    # but for those typed
+    evaluate: str = ""
+    eval_episodes: int = 10  # whole episodes per evaluation, one in each of as many environments
+    # if toggled, an evaluation films its first episode as mp4: pip install imageio-ffmpeg. Means --save-model, too
+    capture_video: bool = False
 
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_timesteps, num_actors and those on how
@@ -121,6 +135,28 @@ class Args:
     tv_anchor: Literal["behavior", "learner"] = "behavior"
 
 
+# The groups of flags in --help, by the first flag of each
+HEADINGS = {
+    "exp_name": "run and machine",
+    "env_id": "environment",
+    "track": "tracking and evaluation",
+    "checkpoint_interval": "checkpoints and faults",
+    "num_actors": "actors: how old data is when it arrives (backward lag)",
+    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
+    "align": "VACO: advantages aligned, gradients filtered",
+}
+# What stands side by side under "Custom scalars" in TensorBoard
+LAYOUT = {
+    "policy lag": {
+        "return": ["Multiline", ["charts/episodic_return"]],
+        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
+        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
+        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
+        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
+    }
+}
+
+
 class UsageError(Exception):
     """Flags that cannot work; the message is one line that names the flag and what to type instead."""
 
@@ -145,9 +181,9 @@ def validate(args):
     """Check all flags, before any process starts. Raises UsageError."""
     counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
     lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
-    lowest |= {"actor_timeout": 1, "learner_timeout": 1}
+    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
     highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
-    highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "actor_nice": 19}
+    highest |= {"rollouts_per_batch": 1024, "lag": 10_000, "actor_nice": 19, "eval_episodes": 256}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
@@ -159,6 +195,10 @@ def validate(args):
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     compiler = os.environ.get("CXX", "g++")  # where torch looks
     check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
+    for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
+        found = not getattr(args, name) or importlib.util.find_spec(package)
+        check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
+    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs
@@ -168,7 +208,7 @@ def validate(args):
     advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
     check(args, "num_minibatches", args.num_minibatches in divisors, advice)
     if continuous_sizes(args.env_id) is None:
-        advice = "not an envpool task with a floating-point Box action space"
+        advice = "neither an envpool task nor a gymnasium environment with a floating-point Box action space"
         check(args, "env_id", False, f"{advice}; closest: {', '.join(closest_tasks(args.env_id, continuous_sizes))}")
 
 
@@ -180,7 +220,8 @@ def closest_tasks(env_id, supported):
 
 
 def continuous_sizes(env_id):
-    """(observation size, action size) of an envpool task with a floating-point Box action space; None of any other."""
+    """(observation size, action size) of an envpool task or a gymnasium environment with a floating-point Box action
+    space; None of any other. "module:MyEnv-v0" imports the module, which registers the environment."""
 
     def size(space):
         return sum(map(size, space.values())) if isinstance(space, gym.spaces.Dict) else math.prod(space.shape)
@@ -188,28 +229,37 @@ def continuous_sizes(env_id):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            spec = envpool.make_spec(env_id)
-            obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
-    except Exception:  # unknown, or without the system libraries or files that it needs
+            if env_id in envpool.list_all_envs():
+                spec = envpool.make_spec(env_id)
+                obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+            else:
+                with contextlib.closing(gym.make(env_id)) as env:
+                    obs_space, action_space = env.observation_space, env.action_space
+    except (gym.error.Error, ImportError, RuntimeError):  # unknown, or without the libraries or files that it needs
         return None
     if isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
         return size(obs_space), size(action_space)
 
 
 class ContinuousEnvs:
-    """The environments of one actor: C copies of an envpool task; observations (dicts too) flattened to `obs` [C, D].
+    """The environments of one actor: C copies of a task; observations (dicts too) flattened to `obs` [C, D].
 
-    envpool resets on the *next* step: the observation that comes with the end of an episode is its true last one, and
-    the step after it ignores the action and returns the first observation of the next episode. That dummy step
-    is no data, whatever its reward: `valid` [C] is False where the coming step is one. Environment i has seed + i.
+    The task is envpool's, or else gymnasium's. Both reset on the *next* step: the observation that comes with the end
+    of an episode is its true last one, and the step after it ignores the action and returns the first observation of
+    the next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is
+    one. Environment i has seed + i.
     """
 
-    def __init__(self, env_id, num_envs, seed):
-        self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed)
+    def __init__(self, env_id, num_envs, seed, **options):
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
-        obs, info = self.envs.reset()
-        # An envpool built for another numpy returned the values of one environment for all of them
-        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+        if env_id in envpool.list_all_envs():
+            self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
+            obs, info = self.envs.reset()
+            # An envpool built for another numpy returned the values of one environment for all of them
+            assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+        else:  # resets on the next step, too
+            self.envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
+            obs, _ = self.envs.reset(seed=seed)
         self.obs = self.flatten(obs)
 
     def flatten(self, obs):
@@ -226,12 +276,13 @@ class ContinuousEnvs:
 
         Clips the actions to the action space: envpool would charge the control cost of the unclipped ones.
         """
-        space = self.envs.action_space
+        space = self.envs.single_action_space
         actions = np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
         obs, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.returns, self.lengths = self.returns + rewards * self.valid, self.lengths + self.valid
         self.obs, done = self.flatten(obs), terminated | truncated
         episodes = list(zip(self.returns[done], self.lengths[done], strict=True))
+        self.ended = np.flatnonzero(done)  # in which environment each episode was
         self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
         return rewards, terminated, truncated, episodes
 
@@ -298,10 +349,12 @@ class Agent(nn.Module):
         z = (actions - mean) * torch.exp(-self.actor_logstd)
         return (-0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def act(self, obs, generator):
-        """Sample: raw observations [C, D] -> actions [C, A], log-probabilities [C]."""
+    def act(self, obs, generator=None):
+        """Raw observations [C, D] -> sampled or, without a generator, the most likely actions [C, A], and their
+        log-probabilities [C]."""
         mean = self.actor_mean(self.normalize(obs))
-        actions = mean + torch.exp(self.actor_logstd) * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator) if generator else torch.zeros_like(mean)
+        actions = mean + torch.exp(self.actor_logstd) * noise
         return actions, self.get_logprob(mean, actions)
 
     def evaluate(self, obs, actions):
@@ -700,7 +753,7 @@ def run_folder(args, subject):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
-    name = f"runs/{subject.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
     folder, resume = f"{name}__{int(time.time())}", args.resume
     if WORLD_SIZE > 1 and RANK == 0:
         store = job_store(args)
@@ -890,10 +943,114 @@ def check_resume(args, state):
     check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
     free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
+    free |= {"track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
     free |= {"learner_timeout"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)
+
+
+def build(args):
+    """The functions that make an agent, and the environments of one actor from (their number, seed)."""
+    return partial(Agent, *continuous_sizes(args.env_id)), partial(ContinuousEnvs, args.env_id)
+
+
+def start_tracking(args, folder):
+    """Begin, or go on with, a run of Weights & Biases: TensorBoard's curves go there, too. Raises UsageError."""
+    import wandb
+
+    name = os.path.basename(os.path.normpath(folder))
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name[-128:]}
+    try:
+        return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+    except wandb.Error as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
+
+
+def save_model(path, args, agent):
+    """Write all that it takes to act to `path`: flags, the agent's arguments, weights, observation statistics."""
+    weights = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
+    script, sizes = os.path.basename(__file__), build(args)[0].args
+    torch.save({"script": script, "args": vars(args), "sizes": sizes, "weights": weights}, path)
+
+
+def load_model(path):
+    """The flags and the weights in a file of `save_model`. Raises UsageError."""
+    script = os.path.basename(__file__)
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        if model["script"] != script:
+            raise ValueError(f"of {model['script']}, not of {script}")
+        return Args(**model["args"]), model["weights"]
+    except Exception as error:  # files that are no models make torch raise all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise UsageError(f"--evaluate {path}: no model that can be read, type a .cleanrl_model ({reason})") from None
+
+
+def play(agent, envs, generator=None, see=None):
+    """One whole episode in each environment: its return, [C]. Actions are sampled with the generator, the most likely
+    ones without. `see` is called with each frame [height, width, 3] of environment 0."""
+    first = {}
+    with torch.inference_mode():
+        while len(first) < len(envs.valid):
+            if see:
+                see(np.ascontiguousarray(envs.envs.render()[0]))
+            actions, _ = agent.act(torch.from_numpy(envs.obs), generator)
+            *_, episodes = envs.step(actions.numpy())
+            for index, (episode_return, _) in zip(envs.ended, episodes, strict=True):
+                first.setdefault(int(index), float(episode_return))
+    return [first[index] for index in range(len(first))]
+
+
+def film(agent, make_envs, path):
+    """Film one episode to `path`, in a process of its own: MuJoCo ends the one in which it cannot render."""
+    import imageio_ffmpeg
+
+    try:
+        envs = make_envs(render_mode="rgb_array")
+        height, width, _ = envs.envs.render()[0].shape
+        writer = imageio_ffmpeg.write_frames(path, (width, height), fps=30, macro_block_size=2)
+        writer.send(None)
+        play(agent, envs, see=writer.send)
+        writer.close()
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def evaluate(args):
+    """Play `args.eval_episodes` whole episodes of the model `args.evaluate` with the most likely actions, and as many
+    with sampled ones; statistics are frozen. Prints and returns {"deterministic": returns, "sampled": returns}. Raises
+    UsageError."""
+    validate(args)
+    warnings.filterwarnings("ignore", message=".*precision lowered")
+    make_agent, make_envs = build(args)
+    agent, weights = make_agent(), load_model(args.evaluate)[1]
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in agent.state_dict().items()}:
+        raise UsageError(f"--evaluate {args.evaluate}: not a model for {args.env_id}, leave out --env-id")
+    agent.load_state_dict(weights)
+    seed = int(np.random.default_rng(args.seed).integers(2**31 - args.eval_episodes))  # other episodes than in training
+    results = {}
+    for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(seed))):
+        returns = results[name] = play(agent, make_envs(args.eval_episodes, seed), generator)
+        each = " ".join(f"{episode_return:.1f}" for episode_return in returns)
+        print(
+            f"evaluation, {name}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)}: {each}",
+            flush=True,
+        )
+    if args.capture_video:
+        path = f"{os.path.splitext(args.evaluate)[0]}.mp4"
+        process = mp.get_context("spawn").Process(target=film, args=(agent, partial(make_envs, 1, seed), path))
+        preloaded = os.environ.get("LD_PRELOAD", "")  # MuJoCo looks for libEGL by a name that envpool's copy has not
+        os.environ["LD_PRELOAD"] = f"{ctypes.util.find_library('EGL') or ''} {preloaded}"
+        process.start()
+        os.environ["LD_PRELOAD"] = preloaded
+        process.join()
+        if process.exitcode:
+            tell(f"no video: {args.env_id} cannot be rendered here; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri")
+        else:
+            print(f"video of the first deterministic episode: {path}")
+    return results
 
 
 def train(args):
@@ -910,8 +1067,8 @@ def train(args):
     torch.set_num_threads(1)  # the networks are small: a second thread would take a core from the actors
     device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    obs_size, action_size = continuous_sizes(args.env_id)
-    make_agent = partial(Agent, obs_size, action_size)
+    make_agent, make_envs = build(args)
+    obs_size, action_size = make_agent.args
     agent = make_agent().to(device)
     same_start(agent, args.seed)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -939,15 +1096,18 @@ def train(args):
         save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
     actors = Actors(args, slots_per_actor, version)
+    tracked = None
     if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
         writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     hidden = None if RANK == 0 else True  # None: where there is no terminal
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
     next_line = 0
     try:
-        actors.start(make_agent, partial(ContinuousEnvs, args.env_id, C), store, rollouts)
+        actors.start(make_agent, partial(make_envs, C), store, rollouts)
         actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:
@@ -1070,6 +1230,8 @@ def train(args):
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
             if RANK == 0:
                 writer.close()
+        if tracked:
+            tracked.finish()
     if global_step < args.total_timesteps:
         if RANK == 0:
             tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
@@ -1083,29 +1245,46 @@ def train(args):
         print(summary)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if RANK == 0 and (args.save_model or args.capture_video):
+        model = f"{folder}/{args.exp_name}.cleanrl_model"
+        save_model(model, args, agent)
+        print(f"model saved to {model}", flush=True)
+        evaluate(replace(args, evaluate=model, resume=""))
     return agent
 
 
 def typed_flags():
-    """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
-    box = io.StringIO()
+    """The flags of the command line; with --resume or --evaluate, the file's are the defaults. Raises UsageError."""
+    out, box = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
             args = tyro.cli(Args)
             if args.resume:
                 connect(args)
                 args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
+            elif args.evaluate:
+                args = tyro.cli(Args, default=replace(load_model(args.evaluate)[0], evaluate=args.evaluate))
             return args
     except SystemExit as end:
         if end.code == 0:  # --help
+            print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
         raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
 
 
+def helpful(text):
+    """tyro's help, with the examples from the top of this file before it, and headings between the groups of flags."""
+    for name, heading in HEADINGS.items():
+        flag = f"\n  --{name.replace('_', '-')}"
+        text = text.replace(flag, f"\n\n {heading}{flag}", 1)
+    return "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE)) + "\n" + text
+
+
 if __name__ == "__main__":
     try:
-        train(typed_flags())
+        flags = typed_flags()
+        evaluate(flags) if flags.evaluate else train(flags)
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

@@ -30,7 +30,7 @@ from vaco_async_llm import (
     group_advantages,
     last_number,
     llm_minibatch,
-    load_model,
+    load_language_model,
     train,
     validate,
     warm_start,
@@ -56,7 +56,7 @@ def make_agent(args):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     problems = Problems(args)
-    model, tokenizer = load_model(args, problems)
+    model, tokenizer = load_language_model(args, problems)
     agent = Agent(model.config, model.generation_config, tokenizer, args)
     agent.model.load_state_dict(model.state_dict())
     return problems, agent

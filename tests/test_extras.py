@@ -1,0 +1,276 @@
+"""What comes with a run: saved models, their evaluation and video, tracking, --help, and environments of one's own."""
+
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from ctypes.util import find_library
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import envpool
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, read_curves
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vaco_async_atari
+import vaco_async_mujoco
+from vaco_async_mujoco import Args, ContinuousEnvs, UsageError, continuous_sizes, evaluate, load_model, train
+
+SCRIPTS = ["vaco_async_mujoco", "vaco_async_atari", "ppo_async_baseline", "impala_baseline"]
+SMALL = {"num_actors": 1, "num_envs": 4, "num_steps": 16, "num_minibatches": 4, "update_epochs": 1}
+
+
+def saved_model():
+    (path,) = Path("runs").glob("*/*.cleanrl_model")
+    return str(path)
+
+
+@pytest.fixture
+def own_env(monkeypatch):
+    """The environment of benchmark/custom_env.py, by a name that actors can import, too."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
+    return "custom_env:Reach-v0"
+
+
+def test_evaluation_agrees_with_training_on_an_environment_of_ones_own(own_env):
+    """Observations are about 50 +- 10: without its statistics the agent is no better than at the start."""
+    args = Args(env_id=own_env, total_timesteps=30_000, num_actors=1, update_epochs=5, lag_schedule="fixed")
+    train(replace(args, save_model=True, eval_episodes=50))
+    returns = read_curves(".")["charts/episodic_return"]
+    results = evaluate(replace(args, evaluate=saved_model(), eval_episodes=50))
+    assert returns[0] < -30 and np.mean(returns[-5:]) > -15
+    assert np.mean(results["sampled"]) == pytest.approx(np.mean(returns[-5:]), abs=4)
+    assert np.mean(results["deterministic"]) > np.mean(results["sampled"]) - 2
+    assert len(results["sampled"]) == len(set(results["sampled"])) == 50  # different episodes
+
+
+def test_a_saved_model_is_all_that_it_takes_to_act(capsys):
+    """Deterministic returns are those of a policy computed by hand, from the file alone."""
+    train(Args(env_id="Hopper-v4", total_timesteps=500, save_model=True, eval_episodes=3, **SMALL))
+    printed = re.search(r"evaluation, deterministic: .* of 3: (.*)", capsys.readouterr().out).group(1)
+    model = torch.load(saved_model(), weights_only=True)
+    weights = {name: tensor.double().numpy() for name, tensor in model["weights"].items()}
+    assert model["sizes"] == (11, 3) and model["args"]["env_id"] == "Hopper-v4" and weights["obs_var"].max() != 1
+    seed = int(np.random.default_rng(model["args"]["seed"]).integers(2**31 - 3))
+    returns = []
+    for i in range(3):
+        env, total, done = envpool.make("Hopper-v4", "gymnasium", num_envs=1, seed=seed + i), 0.0, False
+        obs, _ = env.reset()
+        while not done:
+            hidden = np.clip((obs - weights["obs_mean"]) / np.sqrt(weights["obs_var"] + 1e-8), -10, 10)
+            for layer in (0, 2, 4):
+                hidden = hidden @ weights[f"actor_mean.{layer}.weight"].T + weights[f"actor_mean.{layer}.bias"]
+                hidden = np.tanh(hidden) if layer < 4 else hidden
+            obs, (reward,), (terminated,), (truncated,), _ = env.step(np.clip(hidden, -1, 1))
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    np.testing.assert_allclose([float(number) for number in printed.split()], returns, atol=0.2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_evaluates_what_it_saved(script, capsys):
+    module = importlib.import_module(script)
+    env_id = "Freeway-v5" if script == "vaco_async_atari" else "InvertedPendulum-v4"
+    agent = module.train(module.Args(env_id=env_id, total_timesteps=60, exp_name="run", **SMALL))
+    module.save_model("model", module.Args(env_id=env_id), agent)
+    args, weights = module.load_model("model")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in agent.state_dict().items())
+    if script == "vaco_async_atari":  # a game of Freeway takes minutes
+        return
+    results = module.evaluate(replace(args, evaluate="model", eval_episodes=2))
+    assert results == module.evaluate(replace(args, evaluate="model", eval_episodes=2))
+    assert f"evaluation, sampled: return {np.mean(results['sampled']):.1f} +- " in capsys.readouterr().out
+
+
+def test_whole_games_are_evaluated_in_raw_score():
+    """A game of MsPacman has several lives, and points of 10 and more; the policy is the untrained one."""
+    args = vaco_async_atari.Args(env_id="MsPacman-v5", evaluate="model", eval_episodes=2)
+    vaco_async_atari.save_model("model", args, vaco_async_atari.build(args)[0]())
+    results = vaco_async_atari.evaluate(args)
+    assert all(score > 0 and score % 10 == 0 for scores in results.values() for score in scores)
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(1)], ids=["deterministic", "sampled"])
+def test_the_first_episode_of_each_environment_counts(generator):
+    """Of environments whose episodes have 3, 5 and 2 steps, with a reward of 1 per step in the first, 2 in the next."""
+
+    class Envs:
+        def __init__(self):
+            self.valid, self.obs, self.t = np.ones(3, dtype=bool), np.zeros((3, 2), dtype=np.float32), 0
+
+        def step(self, actions):
+            self.t += 1
+            self.ended = [i for i, length in enumerate((3, 5, 2)) if self.t % length == 0]
+            return None, None, None, [((self.t // (3, 5, 2)[i]) * (3, 5, 2)[i], 1) for i in self.ended]
+
+    agent = vaco_async_mujoco.Agent(2, 1)
+    assert vaco_async_mujoco.play(agent, Envs(), generator) == [3, 5, 2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_generator_the_most_likely_action_is_taken(script):
+    module, torch_generator = importlib.import_module(script), torch.Generator().manual_seed(0)
+    atari = script == "vaco_async_atari"
+    agent = module.build(module.Args(env_id="Pong-v5" if atari else "Hopper-v4"))[0]()
+    obs = torch.randint(255, (5, 84, 84, 4), dtype=torch.uint8) if atari else torch.randn(5, 11)
+    actions, logprobs = agent.act(obs)
+    assert torch.equal(actions, agent.act(obs)[0])
+    for _ in range(20):
+        others, other_logprobs = agent.act(obs, torch_generator)
+        assert (logprobs >= other_logprobs).all() and actions.shape == others.shape
+
+
+def test_gymnasium_resets_on_the_next_step_as_envpool_does(own_env):
+    """32 steps of environments whose episodes have 30: marks, returns and lengths, and seeds that are their own."""
+    envs = ContinuousEnvs(own_env, 2, seed=7)
+    (alone,) = ContinuousEnvs(own_env, 1, seed=8).obs
+    np.testing.assert_array_equal(envs.obs[1], alone)
+    for t in range(32):
+        assert envs.valid.all() == (t != 30)
+        rewards, terminated, truncated, episodes = envs.step(np.full((2, 2), 9.0))  # clipped to 1
+        assert len(episodes) == 2 * (t == 29) and not terminated.any() and truncated.all() == (t == 29)
+        if t == 29:
+            assert [length for _, length in episodes] == [30, 30] and list(envs.ended) == [0, 1]
+        if t == 30:
+            assert not rewards.any() and (envs.obs[:, :2] != 60).all()  # a new start, not the corner reached
+    assert continuous_sizes(own_env) == (4, 2) and continuous_sizes("nowhere:Reach-v0") is None
+
+
+@pytest.mark.parametrize("script", ["ppo_async_baseline", "impala_baseline"])
+def test_baselines_play_an_environment_of_ones_own(script, own_env):
+    module = importlib.import_module(script)
+    module.train(module.Args(env_id=own_env, total_timesteps=200, **SMALL | {"num_steps": 32}))
+    assert read_curves(".")["charts/episodic_length"] == [30, 30]
+
+
+def test_the_algorithm_can_be_copied():
+    """`vtrace` and `tv_filter` need torch and nothing else."""
+    own = {"torch": torch}
+    for function in (vaco_async_mujoco.vtrace, vaco_async_mujoco.tv_filter):
+        exec(inspect.getsource(function), own)
+    rows = torch.rand(5, 3), torch.rand(5, 3), torch.rand(6, 3), torch.zeros(5, 3), torch.zeros(5, 3)
+    expected = vaco_async_mujoco.vtrace(*rows, 0.99, 0.95, 1.0, 1.0)
+    for copied, original in zip(own["vtrace"](*rows, 0.99, 0.95, 1.0, 1.0), expected, strict=True):
+        assert torch.equal(copied, original)
+    keep, _ = own["tv_filter"](torch.tensor([1.5, 1.5]), torch.tensor([1.0, -1.0]), 0.2)
+    assert keep.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", ["text", "nowhere", "checkpoint", "sibling"])
+def test_files_that_are_no_model_are_one_line(name):
+    Path("text").write_text("step,return\n1,2\n")
+    torch.save({"model": torch.zeros(2)}, "checkpoint")
+    torch.save({"script": "vaco_async_atari.py"}, "sibling")
+    with pytest.raises(UsageError) as caught:
+        load_model(name)
+    message = str(caught.value)
+    assert name != "sibling" or "of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
+    assert message.startswith(f"--evaluate {name}: no model") and "\n" not in message and len(message) < 250
+
+
+def test_the_command_line_evaluates_with_the_models_flags():
+    args = Args(env_id="InvertedPendulum-v4", **SMALL)
+    vaco_async_mujoco.save_model("model", args, vaco_async_mujoco.build(args)[0]())
+    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", "--evaluate", "model", "--eval-episodes", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and len(re.findall(r"^evaluation, .* of 2: ", result.stdout, re.MULTILINE)) == 2
+    with pytest.raises(UsageError, match="--evaluate model: not a model for Hopper-v4"):
+        evaluate(Args(env_id="Hopper-v4", evaluate="model"))
+
+
+def size_and_frames(path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    frames = ffmpeg.read_frames(path)
+    return next(frames)["size"], sum(1 for _ in frames)
+
+
+@pytest.mark.skipif(not find_library("EGL"), reason="MuJoCo cannot render without EGL")
+def test_mujoco_is_filmed_without_a_display(capsys):
+    pytest.importorskip("imageio_ffmpeg")
+    args = Args(env_id="InvertedPendulum-v4", evaluate="model", eval_episodes=1, capture_video=True)
+    vaco_async_mujoco.save_model("model", args, vaco_async_mujoco.build(args)[0]())
+    before = os.environ.get("LD_PRELOAD", "")
+    (length,) = evaluate(args)["deterministic"]
+    assert size_and_frames("model.mp4") == ((480, 480), length)
+    assert "episode: model.mp4" in capsys.readouterr().out and os.environ["LD_PRELOAD"] == before
+
+
+def test_atari_is_filmed_in_colour_at_full_resolution():
+    pytest.importorskip("imageio_ffmpeg")
+    args, seen = vaco_async_atari.Args(env_id="Pong-v5"), []
+
+    def short(agent, envs, see):
+        for _ in range(9):
+            seen.append(envs.envs.render()[0])
+            see(np.ascontiguousarray(seen[-1]))
+
+    make_agent, make_envs = vaco_async_atari.build(args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vaco_async_atari, "play", short)
+        vaco_async_atari.film(make_agent(), partial(make_envs, 1, 1), "run.mp4")
+    assert size_and_frames("run.mp4") == ((160, 210), 9)
+    assert (seen[0][..., 0] != seen[0][..., 1]).any()
+
+
+def test_without_a_renderer_there_is_a_line_and_no_video(monkeypatch, capfd, own_env):
+    """Reach has none."""
+    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: True)
+    args = Args(env_id=own_env, evaluate="model", eval_episodes=1, capture_video=True)
+    vaco_async_mujoco.save_model("model", args, vaco_async_mujoco.build(args)[0]())
+    assert len(evaluate(args)["sampled"]) == 1
+    assert f"no video: {own_env} cannot be rendered here" in capfd.readouterr().err and not os.path.exists("model.mp4")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_at_most_100_columns_with_examples_and_headings(script, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        module.typed_flags()
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0 and max(map(len, lines)) <= 100
+    assert len([line for line in lines if line.startswith(f"    python {script}.py")]) == lines.index("") >= 4
+    places = [lines.index(f" {heading}") for heading in module.HEADINGS.values()]
+    assert len(places) >= 7 and places == sorted(places)
+    for name, place in zip(module.HEADINGS, places, strict=True):
+        assert lines[place - 1] == "" and lines[place + 1].split()[0].rstrip(",") == f"--{name.replace('_', '-')}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tensorboard_shows_curves_side_by_side_that_there_are(script):
+    module = importlib.import_module(script)
+    env_id = "Freeway-v5" if script == "vaco_async_atari" else "InvertedPendulum-v4"
+    module.train(module.Args(env_id=env_id, total_timesteps=60, **SMALL))
+    (run,) = Path("runs").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode("latin1")
+    curves = [tag for chart in module.LAYOUT["policy lag"].values() for tag in chart[1]]
+    assert {"charts/episodic_return", "lag/versions_mean", "lag/tv_total"} <= set(curves)
+    assert all(tag in layout for tag in curves)
+    assert set(curves) - {"charts/episodic_return"} <= set(events.Tags()["scalars"])
+
+
+def test_a_run_is_tracked_offline(monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(Args(env_id="InvertedPendulum-v4", total_timesteps=200, track=True, wandb_project_name="lag", **SMALL))
+    (record,) = Path("wandb").glob("offline-run-*/*.wandb")
+    (run,) = Path("runs").iterdir()
+    content = record.read_bytes()
+    assert all(text in content for text in (b"lag/tv_total", b"charts/episodic_return", run.name.encode()))
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"^--track True: type pip install wandb, or leave"):
+        train(Args(track=True))
+    with pytest.raises(UsageError, match=r"^--capture-video True: type pip install imageio-ffmpeg, or leave"):
+        train(Args(capture_video=True))
