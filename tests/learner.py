@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ def main():
     script, options, published = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2]), []
     args = script.Args(**options["flags"] | options.get(f"flags of {script.RANK}", {}))
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if not first and script.RANK == 0:
+        time.sleep(4)  # so that the other one comes first, and could find what those before have left
     publish = script.PolicyStore.publish
 
     def recorded_publish(self, agent, version):
