@@ -5,10 +5,10 @@ versions of the model (*policy lag*). GRPO (arXiv 2402.03300) has no critic, so 
 on tokens: when the total variation between the model being optimised (pi) and the one that generated (beta) is over a
 budget, the gradients that would raise it are dropped. No clipping.
 
-    python vaco_async_llm.py                                              # a tiny model made on the spot, sums
-    python vaco_async_llm.py --objective grpo                             # clipped ratios in place of the filter
-    python vaco_async_llm.py --lag-schedule fixed --lag 4                 # every batch by the model of 4 batches ago
-    python vaco_async_llm.py --model ID_OR_FOLDER --task gsm8k --max-new-tokens 256 --prompts-per-rollout 8
+    python vaco_async_llm.py                               # a tiny model made on the spot, sums
+    python vaco_async_llm.py --objective grpo              # clipped ratios in place of the filter
+    python vaco_async_llm.py --lag-schedule fixed --lag 4  # by the model of 4 batches ago
+    python vaco_async_llm.py --model ID_OR_FOLDER --task gsm8k --max-new-tokens 256
 
   PolicyStore: the last versions of the model, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                 |
@@ -75,7 +75,6 @@ class Args:
     actor_device: Literal["cpu", "cuda"] = "cpu"  # where actors generate; they may share the learner's GPU
     learner_threads: int = 1  # CPU threads of the learner
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
-    save_model: bool = False  # if toggled, model and tokenizer are saved in the run's folder, as transformers does
 
     # tiny: a small Llama made on the spot, with characters as tokens, warm-started on solved problems; else what
     # transformers loads: a hub id, a folder, or a GGUF file, with its tokenizer and chat template
@@ -96,6 +95,11 @@ class Args:
     total_batches: int = 500  # batches to train on
     eval_interval: int = 50  # batches from one evaluation to the next
     eval_size: int = 400  # held-out problems, answered greedily; no training problem has the same question
+
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
+    wandb_project_name: str = "vaco"  # the project there
+    wandb_entity: str | None = None  # the user or team there; None: your default
+    save_model: bool = False  # if toggled, model and tokenizer are saved in the run's folder, as transformers does
 
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_batches, num_actors and those on how the
@@ -132,6 +136,29 @@ class Args:
     # vaco: the budget on the total variation of a token, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED
     tv_threshold: float = 0.02
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
+
+
+# The groups of flags in --help, by the first flag of each
+HEADINGS = {
+    "exp_name": "run and machine",
+    "model": "model and task",
+    "total_batches": "length and evaluation",
+    "track": "tracking and saving",
+    "checkpoint_interval": "checkpoints and faults",
+    "num_actors": "actors: how old data is when it arrives (backward lag)",
+    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
+    "objective": "objective: gradients filtered, or ratios clipped",
+}
+# What stands side by side under "Custom scalars" in TensorBoard
+LAYOUT = {
+    "policy lag": {
+        "accuracy": ["Multiline", ["charts/accuracy", "charts/reward"]],
+        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
+        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
+        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
+        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
+    }
+}
 
 
 class UsageError(Exception):
@@ -182,6 +209,7 @@ def validate(args):
     needed = {"transformers": "model", "reasoning_gym": "task"}
     needed |= {"gguf": "model"} if args.model.endswith(".gguf") else {}
     needed |= {"datasets": "task"} if args.task == "gsm8k" else {}
+    needed |= {"wandb": "track"} if args.track else {}
     for package, name in needed.items():
         pip_name = package.replace("_", "-")
         try:
@@ -972,10 +1000,23 @@ def check_resumed_batches(args, state):
     check(args, "total_batches", args.total_batches > state["version"], advice)
     free = {"total_batches", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "actor_nice", "actor_device", "learner_threads", "save_model"}
-    free |= {"learner_timeout"}
+    free |= {"learner_timeout", "track", "wandb_project_name", "wandb_entity"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)
+
+
+def start_tracking(args, folder):
+    """Begin, or go on with, a run of Weights & Biases: TensorBoard's curves go there, too. Raises UsageError."""
+    import wandb
+
+    name = os.path.basename(os.path.normpath(folder))
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name[-128:]}
+    try:
+        return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+    except wandb.Error as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
 
 
 def train(args):
@@ -1030,9 +1071,12 @@ def train(args):
     actors = Actors(args, slots_per_actor, version)
     if not resume:
         accuracies.append(accuracy(agent, problems, device))
+    tracked = None
     if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
         writer = SummaryWriter(folder, purge_step=version + 1 if resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         if not resume:
             writer.add_scalar("charts/accuracy", accuracies[0], 0)
@@ -1159,6 +1203,8 @@ def train(args):
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
             if RANK == 0:
                 writer.close()
+        if tracked:
+            tracked.finish()
     if version < args.total_batches:
         if RANK == 0:
             tell(f"stopped at batch {version}; --resume {folder} goes on from there")
@@ -1178,9 +1224,9 @@ def train(args):
 
 def parsed_flags():
     """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
-    box = io.StringIO()
+    out, box = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
             args = tyro.cli(Args)
             if args.resume:
                 connect(args)
@@ -1188,9 +1234,18 @@ def parsed_flags():
             return args
     except SystemExit as end:
         if end.code == 0:  # --help
+            print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
         raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
+
+
+def helpful(text):
+    """tyro's help, with the examples from the top of this file before it, and headings between the groups of flags."""
+    for name, heading in HEADINGS.items():
+        flag = f"\n  --{name.replace('_', '-')}"
+        text = text.replace(flag, f"\n\n {heading}{flag}", 1)
+    return "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE)) + "\n" + text
 
 
 if __name__ == "__main__":
