@@ -419,7 +419,7 @@ BAD = [
     (impala_baseline, {"learner_threads": 0}, "--learner-threads 0: must be a number from 1 to 256"),
     (impala_baseline, {"actor_nice": 20}, "--actor-nice 20: must be a number from 0 to 19"),
     (ppo, {"env_id": "Pung-v5"}, "Pong-v5"),
-    (ppo, {"env_id": "CartPole-v1"}, "neither"),
+    (ppo, {"env_id": "CartPole-v1"}, "no Atari game, nor"),
     (ppo, {"env_id": "Pong-v5", "num_minibatches": 7}, "type --num-minibatches 8"),
     (ppo, {"env_id": "Pong-v5", "repeat_action_probability": 1.5}, "--repeat-action-probability 1.5"),
     (impala_baseline, {"num_minibatches": 3}, "type --num-minibatches 2"),

@@ -262,17 +262,28 @@ def hosts():
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
+def on_both(hosts, options=(), restarts=0, **changes):
+    """Start torchrun on each of two hosts, with one learner there: their processes, the one with rank 0 first."""
+    meet = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={restarts}", "--rdzv-backend=c10d"]
+    meet.append(f"--rdzv-endpoint={next(iter(hosts.values()))}:29555")
+    commands = [["ip", "netns", "exec", n, *TORCHRUN, *meet, f"--local-addr={a}"] for n, a in hosts.items()]
+    commands[0].append("--rdzv-conf=is_host=1")
+    return [start(command, "vaco_async_mujoco", options, **changes) for command in commands]
+
+
+def test_a_learner_killed_on_another_host_comes_back(hosts, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "link0")
+    processes = on_both(hosts, {"deed": "kill"}, restarts=1, checkpoint_interval=2, total_timesteps=1500)
+    first, _ = [finished(process) for process in processes]
+    assert "learner 0: started again, going on from runs/" in first and "steps in" in first
+    assert len(assert_equal_learners()) > 8
+    assert_all_gone()
+
+
 def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, monkeypatch):
     """One learner per network namespace. Seconds without a link are waited for; when the link stays away, both learners
     end with an error, after --learner-timeout, and the run can be resumed."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "link0")
-
-    def both(**changes):
-        first = next(iter(hosts.values()))
-        meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29555"]
-        commands = [["ip", "netns", "exec", n, *TORCHRUN, *meet, f"--local-addr={a}"] for n, a in hosts.items()]
-        commands[0].append("--rdzv-conf=is_host=1")
-        return [start(command, "vaco_async_mujoco", {}, **changes) for command in commands]
 
     def step():
         files = list(Path().glob("runs/*/checkpoint.pt"))
@@ -281,7 +292,7 @@ def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, 
     def link(state):
         ip("-netns", next(iter(hosts)), "link", "set", "link0", state)
 
-    processes = both(checkpoint_interval=1, total_timesteps=10**6, learner_timeout=15)
+    processes = on_both(hosts, checkpoint_interval=1, total_timesteps=10**6, learner_timeout=15)
     try:
         wait_for(step, processes[0])
         link("down")
@@ -300,5 +311,5 @@ def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, 
         assert f"learner {rank}: error: another learner has ended, or has not answered" in "".join(outputs), output
     assert_all_gone()
     (run,) = Path("runs").iterdir()
-    for process in both(resume=str(run), total_timesteps=step() + 500):
+    for process in on_both(hosts, resume=str(run), total_timesteps=step() + 500):
         finished(process)
