@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def kill_an_actor():
-    os.kill(next(child.pid for child in mp.active_children() if child.name.startswith("actor")), signal.SIGKILL)
+    os.kill(next(child.pid for child in mp.active_children() if child.name == "actor 0"), signal.SIGKILL)
 
 
 def stop():
