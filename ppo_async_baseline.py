@@ -57,6 +57,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+PRELOAD = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"]  # once for all actors
 # Set by torchrun: which of several learners this is, of all and on this host, and how many there are
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -727,8 +728,7 @@ class Actors:
         `stop`, signals end the run in good order."""
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-        preload = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"]
-        self.context.set_forkserver_preload(preload)
+        self.context.set_forkserver_preload(PRELOAD)
         self.arguments = arguments
         if threading.current_thread() is threading.main_thread():  # Python allows it there only
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)

@@ -60,9 +60,11 @@ with contextlib.suppress(ImportError):  # `validate` says what is missing
     import transformers
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
+PRELOAD = ["torch", "transformers", "reasoning_gym", "tyro", "torch.utils.tensorboard"]  # once for all actors
 # Set by torchrun: which of several learners this is, of all and on this host, and how many there are
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+FLAGS_FILE = "vaco_flags.json"  # beside a saved model
 NUM_PROBLEMS = 2**20  # of a procedural task, for training; then they come again
 
 
@@ -99,7 +101,10 @@ class Args:
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
     wandb_project_name: str = "vaco"  # the project there
     wandb_entity: str | None = None  # the user or team there; None: your default
-    save_model: bool = False  # if toggled, model and tokenizer are saved in the run's folder, as transformers does
+    save_model: bool = False  # if toggled, the run ends by saving runs/{run}/model, as transformers does, and its flags
+    # train nothing, answer the held-out problems with a saved model, or with whatever --model takes: with the most
+    # likely completions, then with sampled ones. The flags saved with it hold, but for those typed
+    evaluate: str = ""
 
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_batches, num_actors and those on how the
@@ -143,7 +148,7 @@ HEADINGS = {
     "exp_name": "run and machine",
     "model": "model and task",
     "total_batches": "length and evaluation",
-    "track": "tracking and saving",
+    "track": "tracking and evaluation",
     "checkpoint_interval": "checkpoints and faults",
     "num_actors": "actors: how old data is when it arrives (backward lag)",
     "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
@@ -432,13 +437,13 @@ def warm_start(args, agent, problems):
     os.replace(f"{path}.{os.getpid()}", path)  # other runs may make the same one at this moment
 
 
-def accuracy(agent, problems, device):
-    """Share of the test problems that the most likely completion solves."""
+def accuracy(agent, problems, device, sample=False):
+    """Share of the test problems that the most likely completion, or a sampled one, solves."""
     right = 0
     for first in range(0, len(problems.test), 64):
         entries = problems.test[first : first + 64]
         prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
-        tokens, _, mask = agent.generate(prompts.to(device), prompt_mask.to(device), sample=False)
+        tokens, _, mask = agent.generate(prompts.to(device), prompt_mask.to(device), sample)
         right += sum(score >= 1 for score in map(problems.score, agent.decode(tokens, mask), entries))
     return right / len(problems.test)
 
@@ -674,8 +679,7 @@ class Actors:
         `stop`, signals end the run in good order."""
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-        preload = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"]
-        self.context.set_forkserver_preload(preload)
+        self.context.set_forkserver_preload(PRELOAD)
         self.arguments = arguments
         if threading.current_thread() is threading.main_thread():  # Python allows it there only
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)
@@ -1019,6 +1023,38 @@ def start_tracking(args, folder):
         raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
 
 
+def saved_flags(path):
+    """The flags that a model was saved with, or the defaults. Raises UsageError."""
+    file = os.path.join(path, FLAGS_FILE)
+    try:
+        with open(file) if os.path.exists(file) else io.StringIO("{}") as text:
+            return Args(**json.load(text))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--evaluate {path}: {FLAGS_FILE} cannot be read ({one_line(error)})") from None
+
+
+def evaluate_model(args):
+    """Answer the held-out problems with the model `args.evaluate`: the most likely completions, then sampled ones.
+    Prints and returns {"greedy": share solved, "sampled": share solved}. Raises UsageError."""
+    check(args, "evaluate", args.evaluate != "tiny", "untrained; type the folder of a saved model")
+    args = replace(args, model=args.evaluate)
+    validate(args)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    problems, results = Problems(args), {}
+    model, tokenizer = load_language_model(args, problems)
+    agent = Agent(model.config, model.generation_config, tokenizer, args).to(device)
+    agent.model.load_state_dict(model.state_dict())
+    for name, sample in (("greedy", False), ("sampled", True)):
+        share = results[name] = accuracy(agent, problems, device, sample)
+        error = math.sqrt(share * (1 - share) / len(problems.test))  # standard error
+        print(
+            f"evaluation, {name}: accuracy {share:.1%} +- {error:.1%} of {len(problems.test)} held-out problems",
+            flush=True,
+        )
+    return results
+
+
 def train(args):
     """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
     UsageError if the flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or
@@ -1197,6 +1233,8 @@ def train(args):
         if args.save_model and RANK == 0:
             agent.model.save_pretrained(f"{folder}/model")
             agent.tokenizer.save_pretrained(f"{folder}/model")
+            with open(f"{folder}/model/{FLAGS_FILE}", "w") as file:
+                json.dump(vars(args), file, indent=1)
     finally:
         actors.stop()
         progress.close()
@@ -1223,7 +1261,8 @@ def train(args):
 
 
 def parsed_flags():
-    """The flags of the command line; with --resume, the checkpoint's are the defaults. Raises UsageError."""
+    """The flags of the command line; with --resume or --evaluate, the saved ones are the defaults. Raises
+    UsageError."""
     out, box = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
@@ -1231,6 +1270,8 @@ def parsed_flags():
             if args.resume:
                 connect(args)
                 args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
+            elif args.evaluate:
+                args = tyro.cli(Args, default=replace(saved_flags(args.evaluate), evaluate=args.evaluate))
             return args
     except SystemExit as end:
         if end.code == 0:  # --help
@@ -1250,7 +1291,8 @@ def helpful(text):
 
 if __name__ == "__main__":
     try:
-        train(parsed_flags())
+        flags = parsed_flags()
+        evaluate_model(flags) if flags.evaluate else train(flags)
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

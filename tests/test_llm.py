@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing as mp
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -486,6 +487,21 @@ BAD = [
     ({"num_minibatches": 100}, "--num-minibatches 100: more than the 24 completions of a batch"),
     ({"actor_device": "cuda"}, "type --actor-device cpu"),
 ]
+
+
+def test_a_saved_model_is_evaluated_with_its_flags(warm_model, monkeypatch, capsys):
+    train(replace(SMALL, model=str(warm_model), total_batches=1, temperature=1.5, save_model=True))
+    (reached,) = re.findall(r"-> (\S+) of 20 held-out", capsys.readouterr().out)
+    (run,) = Path("runs").glob("chain_sum*")
+    monkeypatch.setattr("sys.argv", ["vaco_async_llm.py", "--evaluate", f"{run}/model", "--seed", "5"])
+    args = vaco_async_llm.parsed_flags()
+    assert (args.temperature, args.task_config, args.seed) == (1.5, SMALL.task_config, 5)
+    shares = vaco_async_llm.evaluate_model(args)
+    assert f"evaluation, greedy: accuracy {reached} +-" in capsys.readouterr().out
+    assert shares["sampled"] < shares["greedy"]  # at a high temperature
+    (run / "model" / "vaco_flags.json").write_text('{"flag": 1}')
+    with pytest.raises(UsageError, match=r"vaco_flags.json cannot be read \(TypeError"):
+        vaco_async_llm.parsed_flags()
 
 
 @pytest.mark.parametrize(("flags", "expected"), BAD, ids=lambda part: str(part)[:40])
