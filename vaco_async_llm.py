@@ -81,9 +81,9 @@ class Args:
     # tiny: a small Llama made on the spot, with characters as tokens, warm-started on solved problems; else what
     # transformers loads: a hub id, a folder, or a GGUF file, with its tokenizer and chat template
     model: str = "tiny"
-    # supervised batches of 128 solved problems that the tiny model begins with, at most: it stops as soon as it solves
-    # the share warm_start_accuracy of the last 1024 before it has learnt from them, so that there is more to learn
-    warm_start_batches: int = 1000
+    warm_start_batches: int = 1000  # supervised batches of 128 solved problems that the tiny model begins with, at most
+    # the warm start stops as soon as the tiny model solves this share of the last 1024 problems before it has learnt
+    # from them, so that there is more to learn
     warm_start_accuracy: float = 0.5
     # a task of reasoning-gym, scored by its own verifier, or gsm8k, which needs the package datasets
     task: str = "chain_sum"
@@ -199,11 +199,13 @@ def validate(args):
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
     gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
     check(args, "cuda", not gpus or gpus >= here, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     completions = args.rollouts_per_batch * args.prompts_per_rollout * args.group_size
@@ -313,9 +315,10 @@ def tiny_model(problems):
 def load_language_model(args, problems):
     """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
     transformers.utils.logging.disable_progress_bar()
+    flag = "evaluate" if args.evaluate else "model"  # that named it
     source = {"pretrained_model_name_or_path": args.model}
     if args.model.endswith(".gguf"):
-        check(args, "model", os.path.isfile(args.model), "there is no such file")
+        check(args, flag, os.path.isfile(args.model), "there is no such file")
         folder, file = os.path.split(os.path.abspath(args.model))
         source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
     try:
@@ -325,7 +328,7 @@ def load_language_model(args, problems):
             model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # many kinds: no such folder or id, no network, a broken file, a missing package
-        check(args, "model", False, f"neither tiny nor what transformers can load: {one_line(error)}")
+        check(args, flag, False, f"neither tiny nor what transformers can load: {one_line(error)}")
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     # The format of a base model, which has none
     plain = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
@@ -920,24 +923,6 @@ def average_gradients(agent, share):
             gradient.copy_(part.view_as(gradient))
 
 
-def read_checkpoint(path):
-    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    script = os.path.basename(__file__)
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch compares no checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["script"] == script:
-            state["args"] = Args(**state["args"])
-    except Exception as error:  # files that are no checkpoints make torch raise all sorts
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise UsageError(f"--resume {path}: no checkpoint that can be read, type a run's folder ({reason})") from None
-    if state["script"] != script:
-        raise UsageError(f"--resume {path}: a checkpoint of {state['script']}, not of {script}")
-    return os.path.dirname(file) or ".", state
-
-
 def check_finite(place, values, folder):
     """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
     broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
@@ -948,16 +933,20 @@ def check_finite(place, values, folder):
 
 
 def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
-    """Write all that a run needs to go on to `folder`/checkpoint.pt, which is whole at every moment: the old one or the
-    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. The first learner writes for all.
-    Raises RunError."""
+    """Write all that a run needs to go on to `folder`/checkpoint.pt, of tensors, numbers and text alone:
+    torch.load(weights_only=True) reads it. The first learner writes for all. Raises RunError."""
     state = {"script": os.path.basename(__file__), "args": vars(args), "rng": gather(torch.get_rng_state())}
     if RANK > 0:
         return
     state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
     state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
-    content, path = io.BytesIO(), f"{folder}/checkpoint.pt"
-    torch.save(state | counters, content)
+    write_file(f"{folder}/checkpoint.pt", state | counters)
+
+
+def write_file(path, state):
+    """Write `path` so that it is whole at every moment: the old one or the new. Raises RunError."""
+    content = io.BytesIO()
+    torch.save(state, content)
     try:
         with open(f"{path}.tmp", "wb") as file:
             file.write(content.getbuffer())
@@ -967,7 +956,7 @@ def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counter
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
-        raise RunError(f"cannot write {path} ({error.strerror}); the one before it is as it was") from None
+        raise RunError(f"cannot write {path} ({error.strerror}); what was there before is as it was") from None
 
 
 def load_checkpoint(path):
@@ -976,13 +965,33 @@ def load_checkpoint(path):
     found = None
     if RANK == 0:
         try:
-            found = read_checkpoint(path)
+            found = read_file(path, "resume", "optimizer")
         except UsageError as error:
             found = error
     found = from_first(found)
     if isinstance(found, UsageError):
         raise found
     return found
+
+
+def read_file(path, flag, needed):
+    """(folder, content) of a file that this script has written, which has the entry `needed`; of a folder, of the
+    checkpoint in it. Raises UsageError."""
+    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    script = os.path.basename(__file__)
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch compares no checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["script"] == script:
+            state["args"], _ = Args(**state["args"]), state[needed]
+    except Exception as error:  # files that are something else make torch raise all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise UsageError(f"--{flag} {path}: cannot be read; type a run's folder, or a file in it ({reason})") from None
+    if state["script"] != script:
+        raise UsageError(f"--{flag} {path}: a file of {state['script']}, not of {script}")
+    return os.path.dirname(file) or ".", state
 
 
 def restore(state, agent, optimizer, store, statistics):
@@ -1024,12 +1033,15 @@ def start_tracking(args, folder):
 
 
 def saved_flags(path):
-    """The flags that a model was saved with, or the defaults. Raises UsageError."""
+    """The flags that a model was saved with, or the defaults; those that say how the run was made have their defaults
+    always. Raises UsageError."""
     file = os.path.join(path, FLAGS_FILE)
     try:
         with open(file) if os.path.exists(file) else io.StringIO("{}") as text:
-            return Args(**json.load(text))
-    except (OSError, ValueError, TypeError) as error:
+            flags = json.load(text)
+            other = ("resume", "evaluate", "track", "save_model", "actor_device")
+            return Args(**{name: value for name, value in flags.items() if name not in other})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"--evaluate {path}: {FLAGS_FILE} cannot be read ({one_line(error)})") from None
 
 
@@ -1241,8 +1253,6 @@ def train(args):
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
             if RANK == 0:
                 writer.close()
-        if tracked:
-            tracked.finish()
     if version < args.total_batches:
         if RANK == 0:
             tell(f"stopped at batch {version}; --resume {folder} goes on from there")
@@ -1257,6 +1267,8 @@ def train(args):
         print(summary)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if tracked:
+        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
     return agent
 
 
@@ -1278,7 +1290,7 @@ def parsed_flags():
             print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
-        raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
+        raise UsageError(re.sub(r"([\s─│╭╮╰╯]|-{4,})+", " ", text).strip()) from None
 
 
 def helpful(text):
@@ -1292,7 +1304,10 @@ def helpful(text):
 if __name__ == "__main__":
     try:
         flags = parsed_flags()
-        evaluate_model(flags) if flags.evaluate else train(flags)
+        if not flags.evaluate:
+            train(flags)
+        elif RANK == 0:
+            evaluate_model(flags)
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

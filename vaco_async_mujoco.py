@@ -84,8 +84,8 @@ class Args:
     wandb_project_name: str = "vaco"  # the project there
     wandb_entity: str | None = None  # the user or team there; None: your default
     save_model: bool = False  # if toggled, the run ends by saving runs/{run}/{exp_name}.cleanrl_model and evaluating it
-    # train nothing, evaluate this .cleanrl_model: with the most likely actions, then with sampled ones. Its flags hold,
-    # but for those typed
+    # train nothing, evaluate this .cleanrl_model, or the checkpoint in this run's folder: with the most likely actions,
+    # then with sampled ones. Its flags hold, but for those typed
     evaluate: str = ""
     eval_episodes: int = 10  # whole episodes per evaluation, one in each of as many environments
     # if toggled, an evaluation films its first episode as mp4: pip install imageio-ffmpeg. Means --save-model, too
@@ -189,6 +189,7 @@ def validate(args):
         if isinstance(value, (int, float)):
             low, high = lowest.get(name, 0), highest.get(name, 10**12)
             check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
     gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
     check(args, "cuda", not gpus or gpus >= here, advice)
@@ -208,9 +209,20 @@ def validate(args):
     nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
     advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
     check(args, "num_minibatches", args.num_minibatches in divisors, advice)
+    import_environment(args)
     if continuous_sizes(args.env_id) is None:
         advice = "neither an envpool task nor a gymnasium environment with a floating-point Box action space"
         check(args, "env_id", False, f"{advice}; closest: {', '.join(closest_tasks(args.env_id, continuous_sizes))}")
+
+
+def import_environment(args):
+    """Import the module of "module:MyEnv-v0", which registers the environment. Raises UsageError."""
+    module, colon, _ = args.env_id.rpartition(":")
+    try:
+        importlib.import_module(module or ".") if colon else None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        check(args, "env_id", False, f"cannot import {module} ({reason}); PYTHONPATH must have its folder")
 
 
 def closest_tasks(env_id, supported):
@@ -225,7 +237,11 @@ def continuous_sizes(env_id):
     space; None of any other. "module:MyEnv-v0" imports the module, which registers the environment."""
 
     def size(space):
-        return sum(map(size, space.values())) if isinstance(space, gym.spaces.Dict) else math.prod(space.shape)
+        if isinstance(space, gym.spaces.Dict):
+            return sum(map(size, space.values()))
+        if space.shape is None:
+            raise gym.error.Error(f"{space} has no shape")
+        return math.prod(space.shape)
 
     try:
         with warnings.catch_warnings():
@@ -236,10 +252,11 @@ def continuous_sizes(env_id):
             else:
                 with contextlib.closing(gym.make(env_id)) as env:
                     obs_space, action_space = env.observation_space, env.action_space
+        sizes = size(obs_space), size(action_space)
     except (gym.error.Error, ImportError, RuntimeError):  # unknown, or without the libraries or files that it needs
         return None
-    if isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
-        return size(obs_space), size(action_space)
+    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    return sizes if floats else None
 
 
 class ContinuousEnvs:
@@ -250,6 +267,8 @@ class ContinuousEnvs:
     the next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is
     one. Environment i has seed + i.
     """
+
+    fps = 30  # of videos
 
     def __init__(self, env_id, num_envs, seed, **options):
         self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
@@ -870,16 +889,20 @@ def check_finite(place, values, folder):
 
 
 def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
-    """Write all that a run needs to go on to `folder`/checkpoint.pt, which is whole at every moment: the old one or the
-    new. Of tensors, numbers and text alone: torch.load(weights_only=True) reads it. The first learner writes for all.
-    Raises RunError."""
+    """Write all that a run needs to go on to `folder`/checkpoint.pt, of tensors, numbers and text alone:
+    torch.load(weights_only=True) reads it. The first learner writes for all. Raises RunError."""
     state = {"script": os.path.basename(__file__), "args": vars(args), "rng": gather(torch.get_rng_state())}
     if RANK > 0:
         return
     state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
     state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
-    content, path = io.BytesIO(), f"{folder}/checkpoint.pt"
-    torch.save(state | counters, content)
+    write_file(f"{folder}/checkpoint.pt", state | counters)
+
+
+def write_file(path, state):
+    """Write `path` so that it is whole at every moment: the old one or the new. Raises RunError."""
+    content = io.BytesIO()
+    torch.save(state, content)
     try:
         with open(f"{path}.tmp", "wb") as file:
             file.write(content.getbuffer())
@@ -889,7 +912,7 @@ def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counter
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
-        raise RunError(f"cannot write {path} ({error.strerror}); the one before it is as it was") from None
+        raise RunError(f"cannot write {path} ({error.strerror}); what was there before is as it was") from None
 
 
 def load_checkpoint(path):
@@ -898,7 +921,7 @@ def load_checkpoint(path):
     found = None
     if RANK == 0:
         try:
-            found = read_checkpoint(path)
+            found = read_file(path, "resume", "optimizer")
         except UsageError as error:
             found = error
     found = from_first(found)
@@ -907,7 +930,9 @@ def load_checkpoint(path):
     return found
 
 
-def read_checkpoint(path):
+def read_file(path, flag, needed):
+    """(folder, content) of a file that this script has written, which has the entry `needed`; of a folder, of the
+    checkpoint in it. Raises UsageError."""
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     script = os.path.basename(__file__)
     try:
@@ -916,12 +941,12 @@ def read_checkpoint(path):
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["script"] == script:
-            state["args"] = Args(**state["args"])
-    except Exception as error:  # files that are no checkpoints make torch raise all sorts
+            state["args"], _ = Args(**state["args"]), state[needed]
+    except Exception as error:  # files that are something else make torch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise UsageError(f"--resume {path}: no checkpoint that can be read, type a run's folder ({reason})") from None
+        raise UsageError(f"--{flag} {path}: cannot be read; type a run's folder, or a file in it ({reason})") from None
     if state["script"] != script:
-        raise UsageError(f"--resume {path}: a checkpoint of {state['script']}, not of {script}")
+        raise UsageError(f"--{flag} {path}: a file of {state['script']}, not of {script}")
     return os.path.dirname(file) or ".", state
 
 
@@ -970,31 +995,30 @@ def start_tracking(args, folder):
 
 
 def save_model(path, args, agent):
-    """Write all that it takes to act to `path`: flags, the agent's arguments, weights, observation statistics."""
+    """Write all that it takes to act to `path`: flags, the agent's arguments, weights and observation statistics.
+    Raises RunError."""
     weights = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
     script, sizes = os.path.basename(__file__), build(args)[0].args
-    torch.save({"script": script, "args": vars(args), "sizes": sizes, "weights": weights}, path)
+    write_file(path, {"script": script, "args": vars(args), "sizes": sizes, "agent": weights})
 
 
 def load_model(path):
-    """The flags and the weights in a file of `save_model`. Raises UsageError."""
-    script = os.path.basename(__file__)
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        if model["script"] != script:
-            raise ValueError(f"of {model['script']}, not of {script}")
-        return Args(**model["args"]), model["weights"]
-    except Exception as error:  # files that are no models make torch raise all sorts
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise UsageError(f"--evaluate {path}: no model that can be read, type a .cleanrl_model ({reason})") from None
+    """The flags and the weights in a file of `save_model`, or in a checkpoint. Flags that say how the run was made, not
+    what it made, have their defaults. Raises UsageError."""
+    state = read_file(path, "evaluate", "agent")[1]
+    other = {"resume", "evaluate", "track", "save_model", "capture_video", "compile", "actor_device"}
+    defaults = {name: value for name, value in vars(Args()).items() if name in other}
+    return replace(state["args"], **defaults), state["agent"]
 
 
 def play(agent, envs, generator=None, see=None):
     """One whole episode in each environment: its return, [C]. Actions are sampled with the generator, the most likely
-    ones without. `see` is called with each frame [height, width, 3] of environment 0."""
+    ones without. `see` is called with each frame [height, width, 3] of environment 0. Raises RunError."""
     first = {}
     with torch.inference_mode():
         while len(first) < len(envs.valid):
+            if max(envs.lengths) >= 100_000:
+                raise RunError("an episode does not end within 100000 steps: its environment needs a time limit")
             if see:
                 see(np.ascontiguousarray(envs.envs.render()[0]))
             actions, _ = agent.act(torch.from_numpy(envs.obs), generator)
@@ -1011,10 +1035,12 @@ def film(agent, make_envs, path):
     try:
         envs = make_envs(render_mode="rgb_array")
         height, width, _ = envs.envs.render()[0].shape
-        writer = imageio_ffmpeg.write_frames(path, (width, height), fps=30, macro_block_size=2)
+        writer = imageio_ffmpeg.write_frames(f"{path}.part.mp4", (width, height), fps=envs.fps, macro_block_size=2)
         writer.send(None)
-        play(agent, envs, see=writer.send)
+        (episode_return,) = play(agent, envs, see=writer.send)
         writer.close()
+        os.replace(f"{path}.part.mp4", path)
+        print(f"video of a deterministic episode, return {episode_return:.1f}: {path}")
     except Exception as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -1022,14 +1048,15 @@ def film(agent, make_envs, path):
 def evaluate(args):
     """Play `args.eval_episodes` whole episodes of the model `args.evaluate` with the most likely actions, and as many
     with sampled ones; statistics are frozen. Prints and returns {"deterministic": returns, "sampled": returns}. Raises
-    UsageError."""
+    UsageError; RunError, if episodes do not end."""
     validate(args)
     warnings.filterwarnings("ignore", message=".*precision lowered")
+    saved, weights = load_model(args.evaluate)
+    check(args, "env_id", args.env_id == saved.env_id, f"the model has learnt {saved.env_id}: type that")
     make_agent, make_envs = build(args)
-    agent, weights = make_agent(), load_model(args.evaluate)[1]
-    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in agent.state_dict().items()}:
-        raise UsageError(f"--evaluate {args.evaluate}: not a model for {args.env_id}, leave out --env-id")
+    agent = make_agent()
     agent.load_state_dict(weights)
+    print(f"evaluating {args.evaluate} on {args.env_id}, {args.eval_episodes} episodes of each kind", flush=True)
     seed = int(np.random.default_rng(args.seed).integers(2**31 - args.eval_episodes))  # other episodes than in training
     results = {}
     for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(seed))):
@@ -1040,7 +1067,8 @@ def evaluate(args):
             flush=True,
         )
     if args.capture_video:
-        path = f"{os.path.splitext(args.evaluate)[0]}.mp4"
+        name = os.path.join(args.evaluate, "checkpoint") if os.path.isdir(args.evaluate) else args.evaluate
+        path = f"{os.path.splitext(name)[0]}.mp4"
         process = mp.get_context("spawn").Process(target=film, args=(agent, partial(make_envs, 1, seed), path))
         preloaded = os.environ.get("LD_PRELOAD", "")  # MuJoCo looks for libEGL by a name that envpool's copy has not
         os.environ["LD_PRELOAD"] = f"{ctypes.util.find_library('EGL') or ''} {preloaded}"
@@ -1048,9 +1076,10 @@ def evaluate(args):
         os.environ["LD_PRELOAD"] = preloaded
         process.join()
         if process.exitcode:
-            tell(f"no video: {args.env_id} cannot be rendered here; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri")
-        else:
-            print(f"video of the first deterministic episode: {path}")
+            needed = "; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri" if args.env_id in envpool.list_all_envs() else ""
+            tell(f"no video: {args.env_id} cannot be rendered here{needed}")
+            with contextlib.suppress(OSError):
+                os.remove(f"{path}.part.mp4")  # what there is of it
     return results
 
 
@@ -1231,8 +1260,6 @@ def train(args):
         with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
             if RANK == 0:
                 writer.close()
-        if tracked:
-            tracked.finish()
     if global_step < args.total_timesteps:
         if RANK == 0:
             tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
@@ -1250,7 +1277,12 @@ def train(args):
         model = f"{folder}/{args.exp_name}.cleanrl_model"
         save_model(model, args, agent)
         print(f"model saved to {model}", flush=True)
-        evaluate(replace(args, evaluate=model, resume=""))
+        results = evaluate(replace(args, evaluate=model, resume=""))
+        with contextlib.closing(SummaryWriter(folder)) as writer:
+            for name, returns in results.items():
+                writer.add_scalar(f"eval/{name}_return", np.mean(returns), global_step)
+    if tracked:
+        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
     return agent
 
 
@@ -1271,7 +1303,7 @@ def typed_flags():
             print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
-        raise UsageError(re.sub(r"[\s─│╭╮╰╯]+", " ", text).strip()) from None
+        raise UsageError(re.sub(r"([\s─│╭╮╰╯]|-{4,})+", " ", text).strip()) from None
 
 
 def helpful(text):
@@ -1285,7 +1317,10 @@ def helpful(text):
 if __name__ == "__main__":
     try:
         flags = typed_flags()
-        evaluate(flags) if flags.evaluate else train(flags)
+        if not flags.evaluate:
+            train(flags)
+        elif RANK == 0:
+            evaluate(flags)
     except (UsageError, RunError, OSError) as error:
         if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
             tell(f"error: {error}")

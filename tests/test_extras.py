@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from ctypes.util import find_library
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import envpool
 import numpy as np
@@ -20,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vaco_async_atari
 import vaco_async_mujoco
-from vaco_async_mujoco import Args, ContinuousEnvs, UsageError, continuous_sizes, evaluate, load_model, train
+from vaco_async_mujoco import Args, ContinuousEnvs, RunError, UsageError, continuous_sizes, evaluate, load_model, train
 
 SCRIPTS = ["vaco_async_mujoco", "vaco_async_atari", "ppo_async_baseline", "impala_baseline"]
 SMALL = {"num_actors": 1, "num_envs": 4, "num_steps": 16, "num_minibatches": 4, "update_epochs": 1}
@@ -42,10 +44,12 @@ def test_evaluation_agrees_with_training_on_an_environment_of_ones_own(own_env):
     """Observations are about 50 +- 10: without its statistics the agent is no better than at the start."""
     args = Args(env_id=own_env, total_timesteps=30_000, num_actors=1, update_epochs=5, lag_schedule="fixed")
     train(replace(args, save_model=True, eval_episodes=50))
-    returns = read_curves(".")["charts/episodic_return"]
+    curves = read_curves(".")
+    returns, evaluated = curves["charts/episodic_return"], curves["eval/sampled_return"]
     results = evaluate(replace(args, evaluate=saved_model(), eval_episodes=50))
     assert returns[0] < -30 and np.mean(returns[-5:]) > -15
     assert np.mean(results["sampled"]) == pytest.approx(np.mean(returns[-5:]), abs=4)
+    assert evaluated == pytest.approx([np.mean(results["sampled"])]) and len(curves["eval/deterministic_return"]) == 1
     assert np.mean(results["deterministic"]) > np.mean(results["sampled"]) - 2
     assert len(results["sampled"]) == len(set(results["sampled"])) == 50  # different episodes
 
@@ -55,7 +59,7 @@ def test_a_saved_model_is_all_that_it_takes_to_act(capsys):
     train(Args(env_id="Hopper-v4", total_timesteps=500, save_model=True, eval_episodes=3, **SMALL))
     printed = re.search(r"evaluation, deterministic: .* of 3: (.*)", capsys.readouterr().out).group(1)
     model = torch.load(saved_model(), weights_only=True)
-    weights = {name: tensor.double().numpy() for name, tensor in model["weights"].items()}
+    weights = {name: tensor.double().numpy() for name, tensor in model["agent"].items()}
     assert model["sizes"] == (11, 3) and model["args"]["env_id"] == "Hopper-v4" and weights["obs_var"].max() != 1
     seed = int(np.random.default_rng(model["args"]["seed"]).integers(2**31 - 3))
     returns = []
@@ -103,6 +107,7 @@ def test_the_first_episode_of_each_environment_counts(generator):
     class Envs:
         def __init__(self):
             self.valid, self.obs, self.t = np.ones(3, dtype=bool), np.zeros((3, 2), dtype=np.float32), 0
+            self.lengths = np.zeros(3)
 
         def step(self, actions):
             self.t += 1
@@ -124,6 +129,33 @@ def test_without_a_generator_the_most_likely_action_is_taken(script):
     for _ in range(20):
         others, other_logprobs = agent.act(obs, torch_generator)
         assert (logprobs >= other_logprobs).all() and actions.shape == others.shape
+
+
+def test_an_episode_without_an_end_ends_the_evaluation():
+    envs = SimpleNamespace(valid=[True], obs=np.zeros((1, 2), dtype=np.float32), lengths=np.zeros(1), ended=[])
+
+    def step(actions):
+        envs.lengths += 1000
+        return None, None, None, []
+
+    envs.step = step
+    with pytest.raises(RunError, match="does not end within 100000 steps"):
+        vaco_async_mujoco.play(vaco_async_mujoco.Agent(2, 1), envs)
+
+
+def test_a_run_can_be_evaluated_without_a_saved_model_and_after_it_went_on(capsys):
+    """The flags of how the run was made, not of what it made, do not come with it."""
+    args = Args(env_id="InvertedPendulum-v4", total_timesteps=60, eval_episodes=2, **SMALL)
+    train(args)
+    (run,) = map(str, Path("runs").iterdir())
+    train(replace(args, resume=run, total_timesteps=120, save_model=True))
+    results = [evaluate(replace(load_model(path)[0], evaluate=path)) for path in (run, saved_model())]
+    assert (
+        results[0] == results[1] and f"evaluating {run} on InvertedPendulum-v4, 2 episodes" in capsys.readouterr().out
+    )
+    elsewhere = {"resume": run, "track": True, "capture_video": True, "compile": True}
+    vaco_async_mujoco.save_model("model", Args(seed=3, **elsewhere), vaco_async_mujoco.build(args)[0]())
+    assert load_model("model")[0] == Args(seed=3)
 
 
 def test_gymnasium_resets_on_the_next_step_as_envpool_does(own_env):
@@ -149,6 +181,14 @@ def test_baselines_play_an_environment_of_ones_own(script, own_env):
     assert read_curves(".")["charts/episodic_length"] == [30, 30]
 
 
+def test_the_readme_counts_the_lines_of_its_diffs():
+    found = re.findall(r"^    diff (\S+) (\S+) .*# (\d+) lines", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert len(found) == 3
+    for one, other, count in found:
+        lines = subprocess.run(["diff", REPOSITORY / one, REPOSITORY / other], capture_output=True, text=True).stdout
+        assert len(re.findall("^[<>]", lines, re.MULTILINE)) == int(count), (one, other)
+
+
 def test_the_algorithm_can_be_copied():
     """`vtrace` and `tv_filter` need torch and nothing else."""
     own = {"torch": torch}
@@ -162,16 +202,20 @@ def test_the_algorithm_can_be_copied():
     assert keep.tolist() == [False, True]
 
 
-@pytest.mark.parametrize("name", ["text", "nowhere", "checkpoint", "sibling"])
+@pytest.mark.parametrize("name", ["text", "nowhere", "checkpoint", "sibling", "damaged"])
 def test_files_that_are_no_model_are_one_line(name):
     Path("text").write_text("step,return\n1,2\n")
     torch.save({"model": torch.zeros(2)}, "checkpoint")
     torch.save({"script": "vaco_async_atari.py"}, "sibling")
+    vaco_async_mujoco.save_model("damaged", Args(), agent := vaco_async_mujoco.build(Args())[0]())
+    content = bytearray(Path("damaged").read_bytes())
+    content[content.index(agent.critic[0].weight.detach().numpy().tobytes()) + 100] ^= 1  # one bit of one weight
+    Path("damaged").write_bytes(content)
     with pytest.raises(UsageError) as caught:
         load_model(name)
     message = str(caught.value)
-    assert name != "sibling" or "of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
-    assert message.startswith(f"--evaluate {name}: no model") and "\n" not in message and len(message) < 250
+    assert name != "sibling" or "a file of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
+    assert message.startswith(f"--evaluate {name}: ") and "\n" not in message and len(message) < 250
 
 
 def test_the_command_line_evaluates_with_the_models_flags():
@@ -180,8 +224,21 @@ def test_the_command_line_evaluates_with_the_models_flags():
     command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", "--evaluate", "model", "--eval-episodes", "2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and len(re.findall(r"^evaluation, .* of 2: ", result.stdout, re.MULTILINE)) == 2
-    with pytest.raises(UsageError, match="--evaluate model: not a model for Hopper-v4"):
+    with pytest.raises(UsageError, match="--env-id Hopper-v4: the model has learnt InvertedPendulum-v4"):
         evaluate(Args(env_id="Hopper-v4", evaluate="model"))
+    command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (
+        result.returncode == 0 and len(re.findall(r"^evaluation, ", result.stdout, re.MULTILINE)) == 2
+    )  # by one of them
+
+
+def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    Path("broken.py").write_text("import nothing_of_that_name")
+    for env_id, reason in (("nowhere:X-v0", "No module named 'nowhere'"), ("broken:X-v0", "'nothing_of_that_name'")):
+        with pytest.raises(UsageError, match=f"^--env-id {env_id}: cannot import .*{reason}.*PYTHONPATH"):
+            train(Args(env_id=env_id))
 
 
 def size_and_frames(path):
@@ -191,14 +248,14 @@ def size_and_frames(path):
 
 
 @pytest.mark.skipif(not find_library("EGL"), reason="MuJoCo cannot render without EGL")
-def test_mujoco_is_filmed_without_a_display(capsys):
+def test_mujoco_is_filmed_without_a_display(capfd):
     pytest.importorskip("imageio_ffmpeg")
     args = Args(env_id="InvertedPendulum-v4", evaluate="model", eval_episodes=1, capture_video=True)
     vaco_async_mujoco.save_model("model", args, vaco_async_mujoco.build(args)[0]())
     before = os.environ.get("LD_PRELOAD", "")
     (length,) = evaluate(args)["deterministic"]
     assert size_and_frames("model.mp4") == ((480, 480), length)
-    assert "episode: model.mp4" in capsys.readouterr().out and os.environ["LD_PRELOAD"] == before
+    assert f"episode, return {length:.1f}: model.mp4" in capfd.readouterr().out and os.environ["LD_PRELOAD"] == before
 
 
 def test_atari_is_filmed_in_colour_at_full_resolution():
@@ -209,6 +266,7 @@ def test_atari_is_filmed_in_colour_at_full_resolution():
         for _ in range(9):
             seen.append(envs.envs.render()[0])
             see(np.ascontiguousarray(seen[-1]))
+        return [0.0]
 
     make_agent, make_envs = vaco_async_atari.build(args)
     with pytest.MonkeyPatch.context() as patch:
@@ -264,8 +322,10 @@ def test_a_run_is_tracked_offline(monkeypatch):
     train(Args(env_id="InvertedPendulum-v4", total_timesteps=200, track=True, wandb_project_name="lag", **SMALL))
     (record,) = Path("wandb").glob("offline-run-*/*.wandb")
     (run,) = Path("runs").iterdir()
-    content = record.read_bytes()
-    assert all(text in content for text in (b"lag/tv_total", b"charts/episodic_return", run.name.encode()))
+    texts, deadline = (b"lag/tv_total", b"charts/episodic_return", run.name.encode()), time.monotonic() + 60
+    while missing := [text for text in texts if text not in record.read_bytes()]:  # written in the background
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.2)
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

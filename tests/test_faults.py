@@ -312,7 +312,7 @@ def test_files_that_are_no_checkpoint_are_one_line(checkpoint):
             train(replace(SMALL, resume=name))
         message = str(caught.value)
         assert message.startswith(f"--resume {name}: ") and "\n" not in message and len(message) < 250, message
-    assert "a checkpoint of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
+    assert "a file of vaco_async_atari.py, not of vaco_async_mujoco.py" in message
     assert not mp.active_children()
 
 
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(checkpoint):
     command = [sys.executable, "-c", limit, str(REPOSITORY / "vaco_async_mujoco.py"), "--resume", str(run)]
     done = subprocess.run([*command, "--total-timesteps", "900"], capture_output=True, text=True)
     assert done.returncode == 1
-    expected = "error: cannot write copy/checkpoint.pt (File too large); the one before it is as it was\n"
+    expected = "error: cannot write copy/checkpoint.pt (File too large); what was there before is as it was\n"
     assert done.stderr == expected
     assert (run / "checkpoint.pt").read_bytes() == before and not (run / "checkpoint.pt.tmp").exists()
 

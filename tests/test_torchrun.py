@@ -233,7 +233,7 @@ def test_wrong_flags_are_one_line_for_all_learners():
         [*command, "--resume", "nowhere"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     output = finished(process, code=1)  # torchrun's own
-    assert output.count("error: --resume nowhere: no checkpoint that can be read") == 1
+    assert output.count("error: --resume nowhere: cannot be read; type a run's folder") == 1
 
 
 def ip(*arguments):
