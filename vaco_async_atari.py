@@ -1105,7 +1105,8 @@ def train(args):
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
     next_line = 0
     try:
-        actors.start(partial(make_agent, args.actor_device, trained=False), partial(make_envs, C), store, rollouts)
+        actor_device = args.actor_device.replace("cuda", f"cuda:{LOCAL_RANK}")
+        actors.start(partial(make_agent, actor_device, trained=False), partial(make_envs, C), store, rollouts)
         actors.issue(newest=version)
         batch_time = time.perf_counter()
         while global_step < args.total_timesteps:

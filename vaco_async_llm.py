@@ -8,7 +8,7 @@ budget, the gradients that would raise it are dropped. No clipping.
     python vaco_async_llm.py                               # a tiny model made on the spot, sums
     python vaco_async_llm.py --objective grpo              # clipped ratios in place of the filter
     python vaco_async_llm.py --lag-schedule fixed --lag 4  # by the model of 4 batches ago
-    python vaco_async_llm.py --model ID_OR_FOLDER --task gsm8k --max-new-tokens 256
+    python vaco_async_llm.py --model ID_OR_FOLDER --task gsm8k --max-new-tokens 256 --prompts-per-rollout 4
 
   PolicyStore: the last versions of the model, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                 |
@@ -25,6 +25,7 @@ import ctypes
 import difflib
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -38,10 +39,12 @@ import threading
 import time
 import traceback
 import zipfile
+import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from decimal import Decimal
+from functools import cached_property, partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import SimpleNamespace
@@ -87,7 +90,7 @@ class Args:
     warm_start_accuracy: float = 0.5
     # a task of reasoning-gym, scored by its own verifier, or gsm8k, which needs the package datasets
     task: str = "chain_sum"
-    task_config: str = ""  # the task's options, as JSON; none: two or three one-digit terms for chain_sum
+    task_config: str = ""  # the task's options, as JSON; chain_sum has two or three one-digit terms if it says no other
     system_prompt: str = ""  # the system message, for models whose chat template has one
     max_prompt_tokens: int = 256  # the longest prompt that a slot can hold
     max_new_tokens: int = 6  # where a completion is cut
@@ -222,54 +225,78 @@ def validate(args):
         try:
             importlib.import_module(package)
         except ImportError:
-            advice = f"needs the package {pip_name}; type pip install {pip_name}"
-            check(args, name, False, f"{advice}, or pip install -r requirements-llm.txt")
+            listed = "" if package in ("datasets", "wandb") else ", or pip install -r requirements-llm.txt"
+            check(args, name, False, f"needs the package {pip_name}; type pip install {pip_name}{listed}")
 
 
 class Problems:
     """The problems of a task: `test`, a list of entries for evaluation, and endlessly many for training, by number.
 
     An entry is a dict with `question` and `answer`. A procedural task makes its problems from seeds, which are disjoint
-    for training and test, and for all `--seed`s below 1024; the test problems are the same for all seeds. A training
-    problem that asks the same as a test problem is passed over. Raises UsageError for a task that is not there.
+    for training and test, and for all `--seed`s below 1024. Besides, a quarter of all questions, by their checksums, is
+    held out: none of it is trained on, and the test problems, the same for all seeds, are of it, each once. Raises
+    UsageError for a task that is not there.
     """
 
     def __init__(self, args):
+        self.args = args
         if args.task == "gsm8k":
             self.train, self.test = load_gsm8k(args)
-            self.verify = lambda answer, entry: last_number(answer) == entry["answer"]
+            self.held_out = {entry["question"] for entry in self.test}.__contains__
+            self.verify = lambda answer, entry: as_number(answer) == as_number(entry["answer"])
         else:
-            self.train, self.test = make_problems(args)
+            self.train = make_problems(args, args.seed % 1024 * NUM_PROBLEMS)
+            self.held_out = lambda question: zlib.crc32(question.encode()) % 4 == 0
             self.verify = self.train.score_answer
-        self.held_out = {entry["question"] for entry in self.test}
+
+    @cached_property
+    def test(self):
+        """`--eval-size` problems, or fewer, if the task does not have so many."""
+        entries, found = make_problems(self.args, 1024 * NUM_PROBLEMS), {}
+        for number in range(16 * self.args.eval_size):
+            if self.held_out(entries[number]["question"]) and len(found) < self.args.eval_size:
+                found.setdefault(entries[number]["question"], entries[number])
+        check(self.args, "task", found, "has so few questions that none can be held out")
+        return list(found.values())
 
     def __getitem__(self, number):
         """A training problem, by its number from 0 on."""
-        while (entry := self.train[number % len(self.train)])["question"] in self.held_out:
+        for _ in range(1000):
+            if not self.held_out((entry := self.train[number % len(self.train)])["question"]):
+                return entry
             number += 7919
-        return entry
+        check(self.args, "task", False, "has so few questions that all are held out")
 
     def score(self, text, entry):
         """What the task's verifier gives a completion, 0 to 1: for what stands in its last <answer> </answer>, if it
-        has that; else for its last number, if the answer is a number; else for all of it."""
-        answer = reasoning_gym.utils.extract_answer(text)
+        has that; else for its last number, if the answer is a number; else for all of it. Numbers are right or wrong:
+        the library would pay for right digits in a wrong number."""
+        answer, expected = reasoning_gym.utils.extract_answer(text), entry["answer"] or ""
+        number = expected != "" and last_number(expected) == expected
         if answer is None:
-            answer = last_number(text) if last_number(entry["answer"]) == entry["answer"] else text.strip()
-        return float(self.verify(answer, entry))
+            answer = last_number(text) if number else text.strip()
+        try:
+            score = float(self.verify(answer, entry))
+        except Exception:  # not every verifier takes whatever a model may say
+            return 0.0
+        return float(score >= 1) if number else score
 
 
-def make_problems(args):
-    """Training and test problems of a procedural task. Raises UsageError."""
+def make_problems(args, seed):
+    """The problems of a procedural task. Raises UsageError."""
     names = reasoning_gym.factory.DATASETS
     close = ", ".join(difflib.get_close_matches(args.task, names, n=3, cutoff=0))
     check(args, "task", args.task in names, f"no task of reasoning-gym, and not gsm8k; closest: {close}")
-    default = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1} if args.task == "chain_sum" else {}
     try:
-        create = partial(reasoning_gym.create_dataset, args.task, **json.loads(args.task_config or "null") or default)
-        test = list(create(seed=1024 * NUM_PROBLEMS, size=args.eval_size))
-        return create(seed=args.seed % 1024 * NUM_PROBLEMS, size=NUM_PROBLEMS), test
+        return reasoning_gym.create_dataset(args.task, seed=seed, size=NUM_PROBLEMS, **task_options(args))
     except Exception as error:  # no JSON, an option that is not there, a value that the task refuses
         check(args, "task_config", False, f"{args.task} does not take it: {one_line(error)}")
+
+
+def task_options(args):
+    """The options of a procedural task, {name: value}: those of the flag, over this script's own for chain_sum."""
+    own = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1} if args.task == "chain_sum" else {}
+    return own | json.loads(args.task_config or "{}")
 
 
 def load_gsm8k(args):
@@ -291,6 +318,12 @@ def last_number(text):
     """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250"."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
     return numbers[-1].removesuffix(".0") if numbers else ""
+
+
+def as_number(text):
+    """The value of what `last_number` finds: "$18.00" is 18. None if there is none."""
+    number = last_number(text)
+    return Decimal(number) if number else None
 
 
 def one_line(error):
@@ -366,16 +399,18 @@ class Agent(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, prompt_mask, sample=True):
         """Sample a completion of each prompt [S, P] with torch's global generator, or take the most likely tokens.
-        Returns tokens, their log-probabilities, and mask (true up to the stop token, included), [S, L]."""
+        Returns tokens, their log-probabilities if sampled, and mask (true up to the stop token, included), [S, L]."""
         settings = {"do_sample": sample, "max_new_tokens": self.args.max_new_tokens}
         settings |= {"temperature": self.args.temperature, "top_k": self.args.top_k} if sample else {}
-        settings |= {"return_dict_in_generate": True, "output_scores": True}
+        settings |= {"return_dict_in_generate": True, "output_scores": sample}
         output = self.model.generate(prompts, attention_mask=prompt_mask.long(), **settings)
         tokens = output.sequences[:, prompts.shape[1] :]
-        scores = zip(output.scores, tokens.split(1, dim=1), strict=True)  # [S, vocabulary], [S, 1]; token by token
-        logprobs = torch.cat([score.float().log_softmax(-1).gather(1, token) for score, token in scores], 1)
         stops = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id, device=tokens.device)).int()
         mask = stops.cumsum(1) == stops
+        if not sample:
+            return tokens, None, mask
+        scores = zip(output.scores, tokens.split(1, dim=1), strict=True)  # [S, vocabulary], [S, 1]; token by token
+        logprobs = torch.cat([score.float().log_softmax(-1).gather(1, token) for score, token in scores], 1)
         return tokens, logprobs.masked_fill(~mask, 0), mask
 
     def evaluate(self, prompts, prompt_mask, tokens, mask):
@@ -401,16 +436,36 @@ class Agent(nn.Module):
         return torch.cat([self.evaluate(*part)[0] for part in parts])
 
 
+def check_lengths(args, agent, problems):
+    """Raise UsageError if held-out problems, or the first ones for training, have prompts, or, for the tiny model,
+    answers that the flags leave no room for."""
+    entries = [*problems.test, *(problems[number] for number in range(256))]
+    try:
+        longest = agent.encode([entry["question"] for entry in entries])[0].shape[1]
+    except Exception as error:  # raised by the template's own code
+        check(args, "model", False, f"its chat template takes no such messages: {one_line(error)}")
+    check(args, "max_prompt_tokens", longest <= args.max_prompt_tokens, f"a prompt has {longest}; type that, or more")
+    if args.model == "tiny":
+        written = all(isinstance(entry["answer"], str) for entry in entries)
+        check(args, "task", written, "has no written answers that a tiny model could begin with; type --model")
+        longest = max(len(agent.tokenizer(entry["answer"]).input_ids) for entry in entries)
+        advice = f"an answer has {longest}, the end included; type that, or more"
+        check(args, "max_new_tokens", longest <= args.max_new_tokens, advice)
+
+
 def warm_start(args, agent, problems):
     """Train the tiny model on solved problems, so that reinforcement has something to improve, and stop early. The
     result is kept in runs/warm_starts, for runs with the same seed and task."""
-    settings = (args.seed, args.task, args.task_config, args.eval_size, args.warm_start_batches)
-    settings += (args.warm_start_accuracy, agent.model.config.to_dict(), torch.__version__)
+    settings = (args.seed, args.task, task_options(args), args.system_prompt, args.warm_start_batches)
+    settings += (args.warm_start_accuracy, agent.model.config.to_dict(), inspect.getsource(warm_start))
+    settings += (torch.__version__, transformers.__version__, reasoning_gym.__version__)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     path = f"runs/warm_starts/{digest}.pt"
     if os.path.exists(path):
         agent.load_state_dict(torch.load(path, weights_only=True))
+        print(f"warm start: {path}", flush=True)
         return
+    print("warm start: a few minutes of supervised learning", flush=True)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-3, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.02, total_iters=50)
     solved = deque(maxlen=8)
@@ -438,6 +493,7 @@ def warm_start(args, agent, problems):
     os.makedirs("runs/warm_starts", exist_ok=True)
     torch.save(agent.state_dict(), f"{path}.{os.getpid()}")
     os.replace(f"{path}.{os.getpid()}", path)  # other runs may make the same one at this moment
+    print(f"warm start: solved {np.mean(solved):.1%} after {batch} batches, kept as {path}", flush=True)
 
 
 def accuracy(agent, problems, device, sample=False):
@@ -520,7 +576,8 @@ def llm_minibatch(
     if reference_logprobs is None:
         return policy_loss, logs
     to_reference = log_ratio(reference_logprobs[mask], newlogprobs)
-    reference_kl = (to_reference.exp() - 1 - to_reference).mean()  # the same estimator, of KL(pi, reference)
+    # The same estimator, of KL(pi, reference), but on tokens that beta drew
+    reference_kl = (to_reference.exp() - 1 - to_reference).mean()
     return policy_loss + args.kl_coef * reference_kl, logs | {"losses/reference_kl": reference_kl.detach()}
 
 
@@ -605,7 +662,7 @@ def generation_actor(args, index, generation, pause, make_agent, make_problems, 
     threading.Thread(target=lambda: wait(learner_ends) and os._exit(1), daemon=True).start()
     time.sleep(pause)
     try:
-        agent, problems = make_agent().to(args.actor_device), make_problems()
+        agent, problems = make_agent().to(device_of(args.actor_device)), make_problems()
         learner.send(None)
         while True:
             asked = time.perf_counter()
@@ -623,10 +680,15 @@ def generation_actor(args, index, generation, pause, make_agent, make_problems, 
 actor = generation_actor  # what `Actors` starts
 
 
+def device_of(name):
+    """The device that `cpu` or `cuda` means for this learner and its actors."""
+    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+
+
 def collect_rollout(args, agent, problems, completions, slot):
     """Generate and score the completions of one slot. Problems and noise depend on seed and rollout number alone."""
     rollout = global_rollout(args, completions.rollout[slot].item())
-    n, device = args.prompts_per_rollout, args.actor_device
+    n, device = args.prompts_per_rollout, device_of(args.actor_device)
     torch.manual_seed(int(np.random.default_rng((args.seed, rollout, 1)).integers(2**63)))
     entries = [problems[number] for number in range(rollout * n, (rollout + 1) * n) for _ in range(args.group_size)]
     prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
@@ -1052,7 +1114,7 @@ def evaluate_model(args):
     args = replace(args, model=args.evaluate)
     validate(args)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     problems, results = Problems(args), {}
     model, tokenizer = load_language_model(args, problems)
     agent = Agent(model.config, model.generation_config, tokenizer, args).to(device)
@@ -1080,7 +1142,7 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     problems = Problems(args)
     model, tokenizer = load_language_model(args, problems)
@@ -1088,6 +1150,7 @@ def train(args):
     agent = make_agent()
     agent.model.load_state_dict(model.state_dict())
     del model
+    check_lengths(args, agent, problems)
     if args.model == "tiny" and (args.kl_coef or not resume) and RANK == 0:
         warm_start(args, agent, problems)
     same_start(agent, args.seed)

@@ -11,12 +11,16 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import tyro
+from run import versions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -33,7 +37,10 @@ class Args:
     lags: tuple[int, ...] = (0, 4, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
     lag_schedule: str = "fixed"
-    steps: int = 150  # batches per run
+    steps: int = 200  # batches per run
+    workers: int = (
+        2  # runs at once, of one seed; each is busy on one core, or two. Lockstep results do not depend on it
+    )
     flags: str = ""  # flags for all runs, as one string after a =: --flags="--eval-size 100"
     folder: Path = REPOSITORY  # runs/ is there, with the warm-started models
 
@@ -56,30 +63,36 @@ def run(command, folder):
     events.Reload()
     curve = [(event.step, round(event.value, 4)) for event in events.Scalars("charts/accuracy")]
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("lag/", "filter/", "charts/reward"))]
-    means = {tag: float(f"{np.mean([event.value for event in events.Scalars(tag)]):.5g}") for tag in tags}
-    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    lag = max(event.value for event in events.Scalars("lag/versions_max"))  # which the first batches cannot have
+    metrics = {tag: [event.value for event in events.Scalars(tag) if event.step > lag] for tag in tags}
     return {
         "accuracy": curve,
-        "metrics": means,
-        "commit": git.stdout.strip(),
+        "metrics": {tag: float(f"{np.mean(values):.5g}") for tag, values in metrics.items()},
         "summary": result.stdout.splitlines()[-1],
+        **versions(),
+        **{name: version(name) for name in ("transformers", "reasoning-gym")},
     }
 
 
 def table(records):
     """Markdown: held-out accuracy before and after, per method and lag, over seeds."""
-    lines = ["| method | lag | seeds | before | after | change, each seed | TV on arrival | over budget | dropped |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| method | lag | seeds | before | after | change, each seed | mean of the run | TV on arrival | over budget"
+    ]
+    lines[0] += " | dropped |"
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for method, lag in dict.fromkeys((record["method"], record["lag"]) for record in records):
         group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
-        before, after = (np.array([record["accuracy"][place][1] for record in group]) * 100 for place in (0, -1))
+        curves = 100 * np.array([[value for _, value in record["accuracy"]] for record in group])
         metrics = [np.mean([record["metrics"].get(tag, np.nan) for record in group])
                    for tag in ("lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
-        changes = ", ".join(f"{change:+.1f}" for change in after - before)
-        shares = f"{metrics[0]:.4f} | {metrics[1]:.0%} | {metrics[2]:.0%}"
+        changes = ", ".join(f"{change:+.1f}" for change in curves[:, -1] - curves[:, 0])
         lines.append(
-            f"| {method} | {lag} | {len(group)} | {before.mean():.1f} | {after.mean():.1f} | {changes} | {shares} |"
+            f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {curves[:, -1].mean():.1f} | {changes} | "
+            f"{curves[:, 1:].mean():.1f} | {metrics[0]:.4f} | {metrics[1]:.0%} | {metrics[2]:.0%} |"
         )
+    lines += ["", "Metrics are means over the batches that have the whole lag. Commits:"]
+    lines[-1] += f" {', '.join(sorted({record['commit'] for record in records}))}."
     return "\n".join(lines)
 
 
@@ -110,28 +123,40 @@ def main(args):
     records = {shlex.join(json.loads(line)["command"]): json.loads(line) for line in lines}
     jobs = [(method, lag, seed) for seed in args.seeds for lag in args.lags for method in args.methods]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    failed, study = 0, {}
-    for method, lag, seed in tqdm(jobs, unit="run"):
+    failed, lock, progress = [], threading.Lock(), tqdm(total=len(jobs), unit="run")
+
+    def do(job):
+        method, lag, seed = job
         command = command_of(method, lag, seed, args)
         name = shlex.join(command)
-        if name not in records:
-            try:
-                shown = run(command, args.folder)
-            except RuntimeError as error:  # one bad run must not end the study
-                print(f"FAILED: {name}\n{error}", file=sys.stderr)
-                failed += 1
-                continue
-            records[name] = {"method": method, "lag": lag, "seed": seed, "command": command, **shown}
-            with open(args.out, "a") as file:
-                file.write(json.dumps(records[name]) + "\n")
-        study[name] = records[name]
+        try:
+            shown = {} if name in records else run(command, args.folder)
+        except RuntimeError as error:  # one bad run must not end the study
+            progress.write(f"FAILED: {name}\n{error}", file=sys.stderr)
+            failed.append(name)
+            return
+        with lock:
+            if shown:
+                records[name] = {"method": method, "lag": lag, "seed": seed, "command": command, **shown}
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(records[name]) + "\n")
+            progress.update()
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        for seed in args.seeds:
+            first, *others = [job for job in jobs if job[2] == seed]
+            do(first)  # alone: it makes the warm start of all others
+            list(pool.map(do, others))
+    progress.close()
+    names = [shlex.join(command_of(*job, args)) for job in jobs]
+    study = {name: records[name] for name in names if name in records}
     if study:
         ordered = sorted(study.values(), key=lambda r: (args.methods.index(r["method"]), r["lag"], r["seed"]))
         args.out.with_suffix(".md").write_text(table(ordered) + "\n")
         draw(ordered, args.out.with_suffix(".png"))
         print(table(ordered))
     if failed:
-        raise SystemExit(f"error: {failed} of {len(jobs)} runs failed (see above; the same command repeats them)")
+        raise SystemExit(f"error: {len(failed)} of {len(jobs)} runs failed (see above; the same command repeats them)")
 
 
 if __name__ == "__main__":

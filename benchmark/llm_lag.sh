@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Language models under lag: the filter and clipped ratios with completions of exactly 0, 4 or 16 versions ago.
-#   bash benchmark/llm_lag.sh [--seeds 3] [--steps 150] [--smoke]      (steps: batches)
-seeds=3 steps=150
+# Language models under lag: the filter, clipped ratios, and neither (a budget of 1), with completions of exactly 0, 4 or
+# 16 versions ago.
+#   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--smoke]      (steps: batches)
+seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
-lags="0 4 16" flags="--eval-interval 15"
+lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr"
 [ $smoke ] && lags="0 4" steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
-python "$here/llm.py" --out "$results/$study.jsonl" --methods vaco grpo --lags $lags --seeds $(seq 1 "$seeds") \
-    --steps "$steps" --flags="$flags"
+python "$here/llm.py" --out "$results/$study.jsonl" --methods vaco grpo "vaco --tv-threshold 1" --lags $lags --seeds $(seq 1 "$seeds") \
+    --steps "$steps" --workers "$workers" --flags="$flags"

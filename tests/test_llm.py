@@ -27,6 +27,7 @@ from vaco_async_llm import (
     Completions,
     Problems,
     UsageError,
+    as_number,
     collect_rollout,
     group_advantages,
     last_number,
@@ -282,11 +283,13 @@ def test_verifier_on_known_answers():
     entry = {"question": "", "answer": "12", "metadata": {}}
     for text in ("12", " 12\n", "12.0", "The sum is 12.", "3 + 9 = 12", "<answer>12</answer> or 13", "+12"):
         assert problems.score(text, entry) == 1, text
-    for text in ("", "13", "-12", "12 or 13", "<answer>13</answer> 12", "<answer></answer> 12", "twelve"):
-        assert problems.score(text, entry) < 1, text
+    for text in ("", "13", "-12", "112", "12 or 13", "<answer>13</answer> 12", "<answer></answer> 12", "twelve"):
+        assert problems.score(text, entry) == 0, text
     assert problems.score("5 - 8 is -3", {"question": "", "answer": "-3", "metadata": {}}) == 1
     words = Problems(Args(task="letter_counting", eval_size=3))
     assert words.score(words.test[0]["answer"], words.test[0]) == 1
+    factors = Problems(Args(task="prime_factorization", eval_size=3))  # its verifier raises on words
+    assert factors.score("three", factors.test[0]) == 0 < factors.score(factors.test[0]["answer"], factors.test[0])
 
 
 def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_model):
@@ -308,6 +311,7 @@ def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_mod
 def test_numbers_are_read_as_in_gsm8k():
     texts = {"#### 1,250": "1250", "$3.50 in all.": "3.50", "no": "", "5-7 = -2.": "-2", "4.0": "4", "1 then 2": "2"}
     assert {text: last_number(text) for text in texts} == texts
+    assert as_number("$18.00") == as_number("18") != as_number("-18") and as_number("eighteen") is None
 
 
 def test_gsm8k_through_datasets(monkeypatch):
@@ -356,6 +360,7 @@ def test_training_and_test_problems_are_disjoint():
     problems, other = Problems(args), Problems(replace(args, seed=2))
     held_out = {entry["question"] for entry in problems.test}
     questions = [problems[number]["question"] for number in range(1000)]
+    assert len(held_out) == len(problems.test) == 300
     assert not held_out & set(questions)
     assert any(problems.train[number]["question"] in held_out for number in range(1000))  # they had to be passed over
     assert questions == [problems[number]["question"] for number in range(1000)]
@@ -476,7 +481,22 @@ def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
     assert os.listdir("runs/warm_starts")
 
 
+def test_a_task_with_few_questions_holds_a_quarter_of_them_out():
+    options = {"min_terms": 2, "max_terms": 2}  # of one digit, as by default: there are 200
+    problems = Problems(Args(eval_size=1000, task_config=json.dumps(options)))
+    held_out = {entry["question"] for entry in problems.test}
+    trained_on = {problems[number]["question"] for number in range(3000)}
+    assert 30 < len(held_out) == len(problems.test) < 70 and len(trained_on | held_out) == 200
+    assert not trained_on & held_out
+    with pytest.raises(UsageError, match="--task chain_sum: has so few questions that all are held out"):
+        problems.held_out = lambda question: True
+        problems[0]
+
+
 BAD = [
+    ({"max_prompt_tokens": 5}, "--max-prompt-tokens 5: a prompt has "),
+    ({"max_new_tokens": 2}, "--max-new-tokens 2: an answer has 4, the end included"),
+    ({"task": "rush_hour", "eval_size": 2}, "--task rush_hour: has no written answers"),
     ({"task": "chain_some"}, "--task chain_some: no task of reasoning-gym, and not gsm8k; closest: chain_sum"),
     ({"task_config": "{"}, "--task-config {: chain_sum does not take it"),
     ({"task_config": '{"terms": 2}'}, "does not take it"),
