@@ -76,11 +76,9 @@ def run(command, folder):
 
 def table(records):
     """Markdown: held-out accuracy before and after, per method and lag, over seeds."""
-    lines = [
-        "| method | lag | seeds | before | after | change, each seed | mean of the run | TV on arrival | over budget"
-    ]
-    lines[0] += " | dropped |"
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    columns = ["method", "lag", "seeds", "before", "after", "change, each seed", "mean of the run"]
+    columns += ["TV on arrival", "over budget", "dropped"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, lag in dict.fromkeys((record["method"], record["lag"]) for record in records):
         group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
         curves = 100 * np.array([[value for _, value in record["accuracy"]] for record in group])
