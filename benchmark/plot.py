@@ -125,7 +125,7 @@ class Results:
             by_count[min(len(self.seeds(method, lag)) for lag in self.lags)].append(method)
         most = max(by_count, key=lambda count: len(by_count[count]))
         others = [f"{count}: {', '.join(names)}" for count, names in sorted(by_count.items()) if count != most]
-        return f"{most} seeds" + (f" ({'; '.join(others)})" if others else "")
+        return f"{most} {'seed' if most == 1 else 'seeds'}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def interval(scores, statistic, reps):
