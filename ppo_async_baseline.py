@@ -16,6 +16,9 @@ with old versions of the policy (*policy lag*); advantages are GAE on the learne
         | fill one slot: obs, action, log-prob, reward, terminated, truncated, valid, version                 ^
         v                                                                                                     |
   Rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
+
+The method ends with `train`: read down to there. Below it are services that `train` calls, the same in every script:
+`Actors` (processes, pipes, replacements), the checks of flags, several learners, checkpoints, models, evaluation.
 """
 
 import contextlib
@@ -61,6 +64,18 @@ PRELOAD = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensor
 # Set by torchrun: which of several learners this is, of all and on this host, and how many there are
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+# The flags that None leaves to the domain: CleanRL's PPO, but for MuJoCo's 16 environments of 128 steps, not 1 of 2048
+DEFAULTS = {  # flag: (continuous control, Atari)
+    "total_timesteps": (1_000_000, 10_000_000),
+    "num_envs": (16, 8),
+    "update_epochs": (10, 4),
+    "num_minibatches": (32, 4),
+    "learning_rate": (3e-4, 2.5e-4),
+    "ent_coef": (0.0, 0.01),
+    "clip_coef": (0.2, 0.1),
+}
 
 
 @dataclass
@@ -139,152 +154,6 @@ class Args:
     max_importance: float = 10.0  # decoupled: upper bound of the importance weight pi_T/beta
 
 
-# The flags that None leaves to the domain: CleanRL's PPO, but for MuJoCo's 16 environments of 128 steps, not 1 of 2048
-DEFAULTS = {  # flag: (continuous control, Atari)
-    "total_timesteps": (1_000_000, 10_000_000),
-    "num_envs": (16, 8),
-    "update_epochs": (10, 4),
-    "num_minibatches": (32, 4),
-    "learning_rate": (3e-4, 2.5e-4),
-    "ent_coef": (0.0, 0.01),
-    "clip_coef": (0.2, 0.1),
-}
-
-# The groups of flags in --help, by the first flag of each
-HEADINGS = {
-    "exp_name": "run and machine",
-    "env_id": "environment",
-    "track": "tracking and evaluation",
-    "checkpoint_interval": "checkpoints and faults",
-    "num_actors": "actors: how old data is when it arrives (backward lag)",
-    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
-    "objective": "objective",
-}
-# What stands side by side under "Custom scalars" in TensorBoard
-LAYOUT = {
-    "policy lag": {
-        "return": ["Multiline", ["charts/episodic_return"]],
-        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
-        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
-        "KL": ["Multiline", ["losses/old_approx_kl", "losses/approx_kl"]],
-        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
-    }
-}
-
-
-class UsageError(Exception):
-    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says what failed, where, and what is saved."""
-
-
-def tell(text):
-    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
-    with contextlib.suppress(OSError):
-        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
-
-
-def check(args, name, holds, advice):
-    """Raise UsageError about the flag `name` unless `holds`."""
-    if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
-
-
-def validate(args):
-    """Fill in the flags that the domain decides, and check all, before any process starts. Raises UsageError."""
-    atari = atari_actions(args.env_id) is not None
-    for name, defaults in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[atari])
-    counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
-    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
-    lowest |= {"learner_threads": 1, "kl_target": 1e-9, "spo_eps": 1e-9, "max_importance": 1e-9, "kl_coef": 1e-4}
-    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
-    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
-    highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
-    highest |= {"learner_threads": 256, "actor_nice": 19, "eval_episodes": 256}
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)):
-            low, high = lowest.get(name, 0), highest.get(name, 10**12)
-            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
-    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
-    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
-    check(args, "cuda", not gpus or gpus >= here, advice)
-    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
-    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
-    compiler = os.environ.get("CXX", "g++")  # where torch looks
-    check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
-    check(args, "compile", not (args.compile and atari), "gains nothing with the CNN of Atari; type --no-compile")
-    for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
-        found = not getattr(args, name) or importlib.util.find_spec(package)
-        check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
-    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
-    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
-    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
-    samples = args.rollouts_per_batch * args.num_steps * args.num_envs
-    limit = 2**17 if atari else 2**22
-    check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")
-    for name in ("episodic_life", "reward_clip", "repeat_action_probability", "bf16"):
-        unset = getattr(args, name) == getattr(Args, name)
-        check(args, name, atari or unset, f"is for Atari games, which {args.env_id} is not")
-    divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
-    nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
-    advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
-    check(args, "num_minibatches", args.num_minibatches in divisors, advice)
-    import_environment(args)
-    if continuous_sizes(args.env_id) is None and not atari:
-        closest = closest_tasks(args.env_id, lambda task: continuous_sizes(task) or atari_actions(task))
-        advice = "no Atari game, nor a task (of envpool or gymnasium) with a floating-point Box action space; closest: "
-        check(args, "env_id", False, advice + ", ".join(closest))
-
-
-def import_environment(args):
-    """Import the module of "module:MyEnv-v0", which registers the environment. Raises UsageError."""
-    module, colon, _ = args.env_id.rpartition(":")
-    try:
-        importlib.import_module(module or ".") if colon else None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        check(args, "env_id", False, f"cannot import {module} ({reason}); PYTHONPATH must have its folder")
-
-
-def closest_tasks(env_id, supported):
-    """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
-    tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
-    similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
-    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
-
-
-def continuous_sizes(env_id):
-    """(observation size, action size) of an envpool task or a gymnasium environment with a floating-point Box action
-    space; None of any other. "module:MyEnv-v0" imports the module, which registers the environment."""
-
-    def size(space):
-        if isinstance(space, gym.spaces.Dict):
-            return sum(map(size, space.values()))
-        if space.shape is None:
-            raise gym.error.Error(f"{space} has no shape")
-        return math.prod(space.shape)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if env_id in envpool.list_all_envs():
-                spec = envpool.make_spec(env_id)
-                obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
-            else:
-                with contextlib.closing(gym.make(env_id)) as env:
-                    obs_space, action_space = env.observation_space, env.action_space
-        sizes = size(obs_space), size(action_space)
-    except (gym.error.Error, ImportError, RuntimeError):  # unknown, or without the libraries or files that it needs
-        return None
-    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    return sizes if floats else None
-
-
 class ContinuousEnvs:
     """The environments of one actor: C copies of a task; observations (dicts too) flattened to `obs` [C, D].
 
@@ -331,15 +200,6 @@ class ContinuousEnvs:
         self.ended = np.flatnonzero(done)  # in which environment each episode was
         self.returns[done], self.lengths[done], self.valid = 0, 0, ~done
         return rewards, terminated, truncated, episodes
-
-
-def atari_actions(env_id):
-    """The number of actions of an envpool Atari game; None of any other task."""
-    try:
-        spec = envpool.make_spec(env_id)
-    except Exception:  # unknown, or without the system libraries or files that it needs
-        return None
-    return int(spec.action_space.n) if hasattr(spec.config, "full_action_space") else None
 
 
 class AtariEnvs:
@@ -419,15 +279,6 @@ class RewardScaler:
 
     def scale(self, rewards):
         return (rewards / math.sqrt(self.statistics.var + 1e-8)).clamp(-10, 10)
-
-
-def keep_freed_memory():
-    """Let the C library keep large blocks when they are freed. By default glibc hands them to the kernel, and every
-    page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; 32 MiB is most to older ones
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -720,6 +571,228 @@ def global_rollout(args, rollout):
     return (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
 
 
+def train(args):
+    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
+    flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
+    args = replace(args)  # the caller's stays as it is
+    validate(args)
+    connect(args)
+    folder, resume = run_folder(args, args.env_id)
+    if resume:
+        folder, saved = load_checkpoint(resume)
+        check_resume(args, saved)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.learner_threads)
+    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    make_agent, make_envs = build(args)
+    obs_size, action_size, atari, *_ = make_agent.args
+    if atari:
+        keep_freed_memory()
+    agent = make_agent().to(device)
+    same_start(agent, args.seed)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
+    obs_statistics = RunningMeanStd(shape=obs_size)
+    reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
+    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
+    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
+    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
+    T, C = args.num_steps, args.num_envs
+    if atari:
+        frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
+        fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
+    else:
+        fields = {"obs": torch.zeros(T + 1, C, obs_size), "actions": torch.zeros(T, C, action_size)}
+    rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
+
+    global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
+    kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
+    trained = (agent, optimizer, store, (obs_statistics, reward_scaler.statistics))
+    if resume:
+        restore(saved, *trained)
+        global_step, version = saved["global_step"], saved["version"]
+        last_returns.extend(saved["last_returns"])
+        seconds.update(saved["seconds"])
+        kl_coef.fill_(saved["kl_coef"])
+
+    def save():
+        counters = {"global_step": global_step, "version": version, "last_returns": list(last_returns)}
+        counters["kl_coef"] = kl_coef.item()
+        save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
+
+    actors = Actors(args, slots_per_actor, version)
+    tracked = None
+    if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
+        writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    hidden = None if RANK == 0 else True  # None: where there is no terminal
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
+    next_line = 0
+    try:
+        actors.start(partial(make_agent, trained=False), partial(make_envs, C), store, rollouts)
+        actors.issue(newest=version)
+        batch_time = time.perf_counter()
+        while global_step < args.total_timesteps:
+            # COLLECT a batch, copy it, and let its slots be filled again while we train
+            asked = time.perf_counter()
+            collected = actors.collect(batch=version)
+            if not all(gather(bool(collected))):  # learners end together, after the same batch
+                break
+            slots, ended, waits, acts = map(list, zip(*collected, strict=True))
+            learner_wait = time.perf_counter() - asked
+            batch = rollouts.batch(slots, device)  # [T (observations: more), N, ...]
+            lags = (version - rollouts.version[slots]).tolist()  # [R]
+            returns = []
+            for slot in slots:
+                index, rollout = slot // slots_per_actor, rollouts.arrays(slot)
+                check_finite(f"from actor {index}, after step {global_step}", vars(rollout), folder)
+                if not atari:
+                    returns.append(reward_scaler.discounted(index, rollout))
+            update_statistics(reward_scaler.statistics, returns)
+            actors.issue(newest=version, freed=slots)
+
+            # ESTIMATE advantages by the learner's critic, once per batch
+            with torch.no_grad():
+                obs = stack_frames(batch.obs, batch.ages) if atari else agent.normalize(batch.obs)  # [T + 1, N, ...]
+                learner_logprobs, _, values = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
+                values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
+                learner_log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
+            rewards = batch.rewards if atari else reward_scaler.scale(batch.rewards)  # [T, N]
+            terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
+            targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
+            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
+            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, targets, advantages)
+            valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
+            rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
+            *rows, b_advantages = rows
+            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_targets = rows
+            b_values, b_learner_ratios = values[:-1][batch.valid], b_learner_log_ratios.exp()
+
+            # OPTIMISE: minibatch updates of pi
+            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+            samples = sum(gather(len(b_obs)))  # of all learners
+            share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
+            updates, weights = [], []
+            for _ in range(args.update_epochs):
+                # Each row once per epoch; the minibatches' sizes differ by one at most
+                minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
+                advantages = [b_advantages.index_select(0, mb) for mb in minibatches]
+                if args.norm_adv:
+                    advantages = normalize_advantages(advantages, shares)
+                for mb, mb_advantages, mb_share in zip(minibatches, advantages, shares, strict=True):
+                    mb_rows = (row.index_select(0, mb) for row in rows)
+                    loss, update = minibatch_loss(agent, args, kl_coef, mb_advantages, *mb_rows)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    average_gradients(agent, mb_share)
+                    update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    updates.append(update)
+                    weights.append(mb_share / share)  # 1 for a single learner
+                kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]])
+                if args.target_kl is not None and global_mean(share, kl) > args.target_kl:
+                    break
+
+            # PUBLISH the next version: new weights, and observation statistics that include this batch
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
+            with torch.no_grad():
+                final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
+                final_ratios = final_log_ratios.exp()
+                kl = global_mean(share, final_ratios - 1 - final_log_ratios).item()
+            used_kl_coef = kl_coef.item()
+            if args.objective == "kl" and args.adapt_kl:
+                kl_coef.fill_(adapted_kl_coef(used_kl_coef, kl, args.kl_target))
+            if not atari:
+                update_statistics(obs_statistics, [batch.obs[:-1][batch.valid].double().cpu().numpy()])
+                agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
+                agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
+            check_finite(f"in the batch after step {global_step}", means | agent.state_dict(), folder)
+            version += 1
+            store.publish(agent, version)
+            actors.issue(newest=version)
+            global_step += samples
+
+            # LOG, against environment steps: means over all learners
+            now = time.perf_counter()
+            batch_seconds, batch_time = now - batch_time, now
+            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
+            means |= {
+                "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
+                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
+                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
+                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
+                "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
+                "stats/learner_wait": learner_wait / batch_seconds,
+                "stats/actor_wait": sum(waits) / sum(waits + acts),
+                "stats/rollout_time": sum(acts) / len(acts),
+                "stats/update_time": batch_seconds - learner_wait,
+                "stats/queue_size": len(actors.finished),
+            }
+            scalars = global_means(share, means) | {"charts/learning_rate": lr}
+            scalars["losses/kl_coef"] = used_kl_coef
+            scalars["charts/SPS"] = global_step / seconds["total"]
+            everyone = zip(*gather((lags, ended, [actors.restarts])), strict=True)
+            lags, ended, restarts = (list(itertools.chain(*parts)) for parts in everyone)
+            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
+            scalars["stats/actor_restarts"] = sum(restarts)
+            episodes = [episode for part in ended for episode in part]
+            if episodes:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+                last_returns.extend(float(episode_return) for episode_return, _ in episodes)
+            for name, value in scalars.items() if RANK == 0 else ():
+                writer.add_scalar(name, value, global_step)
+            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
+            lag, tv, kl = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "losses/approx_kl"))
+            status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, KL {kl:.4f}"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update(min(global_step, args.total_timesteps) - progress.n)
+            sps = f"{scalars['charts/SPS']:.0f} SPS"
+            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
+                print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
+                next_line = now + 5
+            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
+                save()
+        save()
+    finally:
+        actors.stop()
+        progress.close()
+        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
+            if RANK == 0:
+                writer.close()
+    if global_step < args.total_timesteps:
+        if RANK == 0:
+            tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
+        raise actors.end or RunError(f"another learner has ended the run, at step {global_step}")
+    summary = (
+        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
+        f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
+        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
+    )
+    if RANK == 0:
+        print(summary)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if RANK == 0 and (args.save_model or args.capture_video):
+        model = f"{folder}/{args.exp_name}.cleanrl_model"
+        save_model(model, args, agent)
+        print(f"model saved to {model}", flush=True)
+        results = evaluate(replace(args, evaluate=model, resume=""))
+        with contextlib.closing(SummaryWriter(folder)) as writer:
+            for name, returns in results.items():
+                writer.add_scalar(f"eval/{name}_return", np.mean(returns), global_step)
+    if tracked:
+        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
+    return agent
+
+
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
@@ -874,6 +947,151 @@ class Actors:
             process.join()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+# The groups of flags in --help, by the first flag of each
+HEADINGS = {
+    "exp_name": "run and machine",
+    "env_id": "environment",
+    "track": "tracking and evaluation",
+    "checkpoint_interval": "checkpoints and faults",
+    "num_actors": "actors: how old data is when it arrives (backward lag)",
+    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
+    "objective": "objective",
+}
+
+# What stands side by side under "Custom scalars" in TensorBoard
+LAYOUT = {
+    "policy lag": {
+        "return": ["Multiline", ["charts/episodic_return"]],
+        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
+        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
+        "KL": ["Multiline", ["losses/old_approx_kl", "losses/approx_kl"]],
+        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
+    }
+}
+
+
+class UsageError(Exception):
+    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what failed, where, and what is saved."""
+
+
+def tell(text):
+    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
+    with contextlib.suppress(OSError):
+        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
+
+
+def check(args, name, holds, advice):
+    """Raise UsageError about the flag `name` unless `holds`."""
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+
+
+def validate(args):
+    """Fill in the flags that the domain decides, and check all, before any process starts. Raises UsageError."""
+    atari = atari_actions(args.env_id) is not None
+    for name, defaults in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[atari])
+    counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
+    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
+    lowest |= {"learner_threads": 1, "kl_target": 1e-9, "spo_eps": 1e-9, "max_importance": 1e-9, "kl_coef": 1e-4}
+    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
+    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
+    highest |= {"rollouts_per_batch": 1024, "lag": 500 if atari else 10_000, "repeat_action_probability": 1}
+    highest |= {"learner_threads": 256, "actor_nice": 19, "eval_episodes": 256}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):
+            low, high = lowest.get(name, 0), highest.get(name, 10**12)
+            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
+    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
+    check(args, "cuda", not gpus or gpus >= here, advice)
+    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
+    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    compiler = os.environ.get("CXX", "g++")  # where torch looks
+    check(args, "compile", not args.compile or shutil.which(compiler), f"needs {compiler}; type --no-compile")
+    check(args, "compile", not (args.compile and atari), "gains nothing with the CNN of Atari; type --no-compile")
+    for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
+        found = not getattr(args, name) or importlib.util.find_spec(package)
+        check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
+    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
+    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
+    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
+    samples = args.rollouts_per_batch * args.num_steps * args.num_envs
+    limit = 2**17 if atari else 2**22
+    check(args, "num_steps", samples <= limit, f"makes batches of {samples} samples, more than {limit}")
+    for name in ("episodic_life", "reward_clip", "repeat_action_probability", "bf16"):
+        unset = getattr(args, name) == getattr(Args, name)
+        check(args, name, atari or unset, f"is for Atari games, which {args.env_id} is not")
+    divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
+    nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
+    advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
+    check(args, "num_minibatches", args.num_minibatches in divisors, advice)
+    import_environment(args)
+    if continuous_sizes(args.env_id) is None and not atari:
+        closest = closest_tasks(args.env_id, lambda task: continuous_sizes(task) or atari_actions(task))
+        advice = "no Atari game, nor a task (of envpool or gymnasium) with a floating-point Box action space; closest: "
+        check(args, "env_id", False, advice + ", ".join(closest))
+
+
+def import_environment(args):
+    """Import the module of "module:MyEnv-v0", which registers the environment. Raises UsageError."""
+    module, colon, _ = args.env_id.rpartition(":")
+    try:
+        importlib.import_module(module or ".") if colon else None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        check(args, "env_id", False, f"cannot import {module} ({reason}); PYTHONPATH must have its folder")
+
+
+def closest_tasks(env_id, supported):
+    """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
+    tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
+    similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
+    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
+
+
+def continuous_sizes(env_id):
+    """(observation size, action size) of an envpool task or a gymnasium environment with a floating-point Box action
+    space; None of any other. "module:MyEnv-v0" imports the module, which registers the environment."""
+
+    def size(space):
+        if isinstance(space, gym.spaces.Dict):
+            return sum(map(size, space.values()))
+        if space.shape is None:
+            raise gym.error.Error(f"{space} has no shape")
+        return math.prod(space.shape)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if env_id in envpool.list_all_envs():
+                spec = envpool.make_spec(env_id)
+                obs_space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+            else:
+                with contextlib.closing(gym.make(env_id)) as env:
+                    obs_space, action_space = env.observation_space, env.action_space
+        sizes = size(obs_space), size(action_space)
+    except (gym.error.Error, ImportError, RuntimeError):  # unknown, or without the libraries or files that it needs
+        return None
+    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    return sizes if floats else None
+
+
+def atari_actions(env_id):
+    """The number of actions of an envpool Atari game; None of any other task."""
+    try:
+        spec = envpool.make_spec(env_id)
+    except Exception:  # unknown, or without the system libraries or files that it needs
+        return None
+    return int(spec.action_space.n) if hasattr(spec.config, "full_action_space") else None
 
 
 def connect(args):
@@ -1106,6 +1324,15 @@ def check_resume(args, state):
         check(args, name, name in free or getattr(args, name) == before, advice)
 
 
+def keep_freed_memory():
+    """Let the C library keep large blocks when they are freed. By default glibc hands them to the kernel, and every
+    page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; 32 MiB is most to older ones
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def build(args):
     """The functions that make an agent, and the environments of one actor from (their number, seed)."""
     names = ("episodic_life", "reward_clip", "repeat_action_probability")
@@ -1215,228 +1442,6 @@ def evaluate(args):
             with contextlib.suppress(OSError):
                 os.remove(f"{path}.part.mp4")  # what there is of it
     return results
-
-
-def train(args):
-    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
-    flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
-    args = replace(args)  # the caller's stays as it is
-    validate(args)
-    connect(args)
-    folder, resume = run_folder(args, args.env_id)
-    if resume:
-        folder, saved = load_checkpoint(resume)
-        check_resume(args, saved)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(args.learner_threads)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
-
-    make_agent, make_envs = build(args)
-    obs_size, action_size, atari, *_ = make_agent.args
-    if atari:
-        keep_freed_memory()
-    agent = make_agent().to(device)
-    same_start(agent, args.seed)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
-    obs_statistics = RunningMeanStd(shape=obs_size)
-    reward_scaler = RewardScaler(args.num_actors, args.num_envs, args.gamma)
-    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
-    store.publish(agent, 0)
-    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
-    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
-    T, C = args.num_steps, args.num_envs
-    if atari:
-        frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
-        fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
-    else:
-        fields = {"obs": torch.zeros(T + 1, C, obs_size), "actions": torch.zeros(T, C, action_size)}
-    rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
-
-    global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
-    kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
-    trained = (agent, optimizer, store, (obs_statistics, reward_scaler.statistics))
-    if resume:
-        restore(saved, *trained)
-        global_step, version = saved["global_step"], saved["version"]
-        last_returns.extend(saved["last_returns"])
-        seconds.update(saved["seconds"])
-        kl_coef.fill_(saved["kl_coef"])
-
-    def save():
-        counters = {"global_step": global_step, "version": version, "last_returns": list(last_returns)}
-        counters["kl_coef"] = kl_coef.item()
-        save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
-
-    actors = Actors(args, slots_per_actor, version)
-    tracked = None
-    if RANK == 0:
-        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
-        writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_custom_scalars(LAYOUT)
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    hidden = None if RANK == 0 else True  # None: where there is no terminal
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
-    next_line = 0
-    try:
-        actors.start(partial(make_agent, trained=False), partial(make_envs, C), store, rollouts)
-        actors.issue(newest=version)
-        batch_time = time.perf_counter()
-        while global_step < args.total_timesteps:
-            # COLLECT a batch, copy it, and let its slots be filled again while we train
-            asked = time.perf_counter()
-            collected = actors.collect(batch=version)
-            if not all(gather(bool(collected))):  # learners end together, after the same batch
-                break
-            slots, ended, waits, acts = map(list, zip(*collected, strict=True))
-            learner_wait = time.perf_counter() - asked
-            batch = rollouts.batch(slots, device)  # [T (observations: more), N, ...]
-            lags = (version - rollouts.version[slots]).tolist()  # [R]
-            returns = []
-            for slot in slots:
-                index, rollout = slot // slots_per_actor, rollouts.arrays(slot)
-                check_finite(f"from actor {index}, after step {global_step}", vars(rollout), folder)
-                if not atari:
-                    returns.append(reward_scaler.discounted(index, rollout))
-            update_statistics(reward_scaler.statistics, returns)
-            actors.issue(newest=version, freed=slots)
-
-            # ESTIMATE advantages by the learner's critic, once per batch
-            with torch.no_grad():
-                obs = stack_frames(batch.obs, batch.ages) if atari else agent.normalize(batch.obs)  # [T + 1, N, ...]
-                learner_logprobs, _, values = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
-                values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
-                learner_log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
-            rewards = batch.rewards if atari else reward_scaler.scale(batch.rewards)  # [T, N]
-            terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
-            targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
-            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios, targets, advantages)
-            valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
-            rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
-            *rows, b_advantages = rows
-            b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_targets = rows
-            b_values, b_learner_ratios = values[:-1][batch.valid], b_learner_log_ratios.exp()
-
-            # OPTIMISE: minibatch updates of pi
-            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
-            optimizer.param_groups[0]["lr"] = lr
-            samples = sum(gather(len(b_obs)))  # of all learners
-            share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
-            updates, weights = [], []
-            for _ in range(args.update_epochs):
-                # Each row once per epoch; the minibatches' sizes differ by one at most
-                minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
-                advantages = [b_advantages.index_select(0, mb) for mb in minibatches]
-                if args.norm_adv:
-                    advantages = normalize_advantages(advantages, shares)
-                for mb, mb_advantages, mb_share in zip(minibatches, advantages, shares, strict=True):
-                    mb_rows = (row.index_select(0, mb) for row in rows)
-                    loss, update = minibatch_loss(agent, args, kl_coef, mb_advantages, *mb_rows)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    average_gradients(agent, mb_share)
-                    update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    updates.append(update)
-                    weights.append(mb_share / share)  # 1 for a single learner
-                kl = torch.stack([update["losses/approx_kl"] for update in updates[-args.num_minibatches :]])
-                if args.target_kl is not None and global_mean(share, kl) > args.target_kl:
-                    break
-
-            # PUBLISH the next version: new weights, and observation statistics that include this batch
-            weights, names = torch.stack(weights), updates[0]
-            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
-            with torch.no_grad():
-                final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
-                final_ratios = final_log_ratios.exp()
-                kl = global_mean(share, final_ratios - 1 - final_log_ratios).item()
-            used_kl_coef = kl_coef.item()
-            if args.objective == "kl" and args.adapt_kl:
-                kl_coef.fill_(adapted_kl_coef(used_kl_coef, kl, args.kl_target))
-            if not atari:
-                update_statistics(obs_statistics, [batch.obs[:-1][batch.valid].double().cpu().numpy()])
-                agent.obs_mean.copy_(torch.from_numpy(obs_statistics.mean))
-                agent.obs_var.copy_(torch.from_numpy(obs_statistics.var))
-            check_finite(f"in the batch after step {global_step}", means | agent.state_dict(), folder)
-            version += 1
-            store.publish(agent, version)
-            actors.issue(newest=version)
-            global_step += samples
-
-            # LOG, against environment steps: means over all learners
-            now = time.perf_counter()
-            batch_seconds, batch_time = now - batch_time, now
-            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
-            means |= {
-                "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
-                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
-                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
-                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
-                "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
-                "stats/learner_wait": learner_wait / batch_seconds,
-                "stats/actor_wait": sum(waits) / sum(waits + acts),
-                "stats/rollout_time": sum(acts) / len(acts),
-                "stats/update_time": batch_seconds - learner_wait,
-                "stats/queue_size": len(actors.finished),
-            }
-            scalars = global_means(share, means) | {"charts/learning_rate": lr}
-            scalars["losses/kl_coef"] = used_kl_coef
-            scalars["charts/SPS"] = global_step / seconds["total"]
-            everyone = zip(*gather((lags, ended, [actors.restarts])), strict=True)
-            lags, ended, restarts = (list(itertools.chain(*parts)) for parts in everyone)
-            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
-            scalars["stats/actor_restarts"] = sum(restarts)
-            episodes = [episode for part in ended for episode in part]
-            if episodes:
-                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-                last_returns.extend(float(episode_return) for episode_return, _ in episodes)
-            for name, value in scalars.items() if RANK == 0 else ():
-                writer.add_scalar(name, value, global_step)
-            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
-            lag, tv, kl = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "losses/approx_kl"))
-            status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, KL {kl:.4f}"
-            progress.set_postfix_str(status, refresh=False)
-            progress.update(min(global_step, args.total_timesteps) - progress.n)
-            sps = f"{scalars['charts/SPS']:.0f} SPS"
-            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
-                print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
-                next_line = now + 5
-            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
-                save()
-        save()
-    finally:
-        actors.stop()
-        progress.close()
-        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
-            if RANK == 0:
-                writer.close()
-    if global_step < args.total_timesteps:
-        if RANK == 0:
-            tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
-        raise actors.end or RunError(f"another learner has ended the run, at step {global_step}")
-    summary = (
-        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
-        f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
-        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
-    )
-    if RANK == 0:
-        print(summary)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if RANK == 0 and (args.save_model or args.capture_video):
-        model = f"{folder}/{args.exp_name}.cleanrl_model"
-        save_model(model, args, agent)
-        print(f"model saved to {model}", flush=True)
-        results = evaluate(replace(args, evaluate=model, resume=""))
-        with contextlib.closing(SummaryWriter(folder)) as writer:
-            for name, returns in results.items():
-                writer.add_scalar(f"eval/{name}_return", np.mean(returns), global_step)
-    if tracked:
-        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
-    return agent
 
 
 def typed_flags():

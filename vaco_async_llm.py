@@ -17,6 +17,9 @@ budget, the gradients that would raise it are dropped. No clipping.
         | fill one slot: prompts, completions, log-probs, masks, rewards, version                            ^
         v                                                                                                    |
   Completions: preallocated slots in shared memory  --- slot numbers, through pipes -------------------------+
+
+The method ends with `train`: read down to there. Below it are services that `train` calls, the same in every script:
+`Actors` (processes, pipes, replacements), the checks of flags, several learners, checkpoints, models, evaluation.
 """
 
 import contextlib
@@ -146,89 +149,6 @@ class Args:
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
 
-# The groups of flags in --help, by the first flag of each
-HEADINGS = {
-    "exp_name": "run and machine",
-    "model": "model and task",
-    "total_batches": "length and evaluation",
-    "track": "tracking and evaluation",
-    "checkpoint_interval": "checkpoints and faults",
-    "num_actors": "actors: how old data is when it arrives (backward lag)",
-    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
-    "objective": "objective: gradients filtered, or ratios clipped",
-}
-# What stands side by side under "Custom scalars" in TensorBoard
-LAYOUT = {
-    "policy lag": {
-        "accuracy": ["Multiline", ["charts/accuracy", "charts/reward"]],
-        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
-        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
-        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
-        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
-    }
-}
-
-
-class UsageError(Exception):
-    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says what failed, where, and what is saved."""
-
-
-def tell(text):
-    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
-    with contextlib.suppress(OSError):
-        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
-
-
-def check(args, name, holds, advice):
-    """Raise UsageError about the flag `name` unless `holds`."""
-    if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
-
-
-def validate(args):
-    """Check all flags and packages, before any process starts. Raises UsageError."""
-    lowest = dict.fromkeys(("learner_threads", "max_prompt_tokens", "max_new_tokens", "eval_interval", "eval_size"), 1)
-    lowest |= dict.fromkeys(("num_actors", "prompts_per_rollout", "rollouts_per_batch", "num_minibatches"), 1)
-    lowest |= {"update_epochs": 1, "group_size": 2, "temperature": 1e-3, "max_grad_norm": 1e-9, "actor_timeout": 1}
-    lowest |= {"total_batches": 1, "learner_timeout": 1}
-    highest = {"seed": 2**31 - 1, "actor_nice": 19, "num_actors": 256, "lag": 10_000, "eval_size": 10_000}
-    highest |= {"learner_threads": 1024, "prompts_per_rollout": 4096, "group_size": 1024, "rollouts_per_batch": 1024}
-    highest |= {"max_prompt_tokens": 2**17, "max_new_tokens": 2**17, "warm_start_accuracy": 1}
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)):
-            low, high = lowest.get(name, 0), highest.get(name, 10**12)
-            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
-    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
-    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
-    check(args, "cuda", not gpus or gpus >= here, advice)
-    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
-    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
-    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
-    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
-    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
-    completions = args.rollouts_per_batch * args.prompts_per_rollout * args.group_size
-    advice = f"more than the {completions} completions of a batch"
-    check(args, "num_minibatches", args.num_minibatches <= completions, advice)
-    no_gpu = args.actor_device == "cuda" and not torch.cuda.is_available()
-    check(args, "actor_device", not no_gpu, "there is no GPU that torch can use; type --actor-device cpu")
-    needed = {"transformers": "model", "reasoning_gym": "task"}
-    needed |= {"gguf": "model"} if args.model.endswith(".gguf") else {}
-    needed |= {"datasets": "task"} if args.task == "gsm8k" else {}
-    needed |= {"wandb": "track"} if args.track else {}
-    for package, name in needed.items():
-        pip_name = package.replace("_", "-")
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            listed = "" if package in ("datasets", "wandb") else ", or pip install -r requirements-llm.txt"
-            check(args, name, False, f"needs the package {pip_name}; type pip install {pip_name}{listed}")
-
-
 class Problems:
     """The problems of a task: `test`, a list of entries for evaluation, and endlessly many for training, by number.
 
@@ -293,27 +213,6 @@ def make_problems(args, seed):
         check(args, "task_config", False, f"{args.task} does not take it: {one_line(error)}")
 
 
-def task_options(args):
-    """The options of a procedural task, {name: value}: those of the flag, over this script's own for chain_sum."""
-    own = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1} if args.task == "chain_sum" else {}
-    return own | json.loads(args.task_config or "{}")
-
-
-def load_gsm8k(args):
-    """Training and test problems of grade school math, arXiv 2110.14168. Raises UsageError if they are not there."""
-    import datasets
-
-    splits = []
-    try:
-        for split in ("train", "test"):
-            rows = datasets.load_dataset("openai/gsm8k", "main", split=split)
-            splits.append([{"question": row["question"], "answer": last_number(row["answer"])} for row in rows])
-    except Exception as error:
-        check(args, "task", False, f"its data is not there, and cannot be loaded: {one_line(error)}")
-    np.random.default_rng(args.seed).shuffle(splits[0])
-    return splits[0], splits[1][: args.eval_size]
-
-
 def last_number(text):
     """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250"."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
@@ -324,11 +223,6 @@ def as_number(text):
     """The value of what `last_number` finds: "$18.00" is 18. None if there is none."""
     number = last_number(text)
     return Decimal(number) if number else None
-
-
-def one_line(error):
-    """An error's name and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def tiny_model(problems):
@@ -436,23 +330,6 @@ class Agent(nn.Module):
         return torch.cat([self.evaluate(*part)[0] for part in parts])
 
 
-def check_lengths(args, agent, problems):
-    """Raise UsageError if held-out problems, or the first ones for training, have prompts, or, for the tiny model,
-    answers that the flags leave no room for."""
-    entries = [*problems.test, *(problems[number] for number in range(256))]
-    try:
-        longest = agent.encode([entry["question"] for entry in entries])[0].shape[1]
-    except Exception as error:  # raised by the template's own code
-        check(args, "model", False, f"its chat template takes no such messages: {one_line(error)}")
-    check(args, "max_prompt_tokens", longest <= args.max_prompt_tokens, f"a prompt has {longest}; type that, or more")
-    if args.model == "tiny":
-        written = all(isinstance(entry["answer"], str) for entry in entries)
-        check(args, "task", written, "has no written answers that a tiny model could begin with; type --model")
-        longest = max(len(agent.tokenizer(entry["answer"]).input_ids) for entry in entries)
-        advice = f"an answer has {longest}, the end included; type that, or more"
-        check(args, "max_new_tokens", longest <= args.max_new_tokens, advice)
-
-
 def warm_start(args, agent, problems):
     """Train the tiny model on solved problems, so that reinforcement has something to improve, and stop early. The
     result is kept in runs/warm_starts, for runs with the same seed and task."""
@@ -507,15 +384,6 @@ def accuracy(agent, problems, device, sample=False):
     return right / len(problems.test)
 
 
-def group_advantages(rewards, group_size):
-    """GRPO (arXiv 2402.03300, section 4.1.2): rewards [S], group after group -> advantages (r - mean) / (std + 1e-6)
-    [S], and the share of groups whose rewards do not vary: their advantages are 0."""
-    groups = rewards.view(-1, group_size)
-    same = (groups == groups[:, :1]).all(1, keepdim=True)
-    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, correction=0, keepdim=True) + 1e-6)
-    return advantages.masked_fill(same, 0).flatten(), same.float().mean().item()
-
-
 def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None, mean=torch.mean):
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
@@ -544,6 +412,15 @@ def vaco_loss(ratios, advantages, keep):
 def clip_loss(ratios, advantages, clip_coef):
     """PPO-clip, arXiv 1707.06347, eq. 7: mean of max(-r A, -clip(r, 1 - eps, 1 + eps) A) over [M] samples."""
     return torch.max(-ratios * advantages, -ratios.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+
+
+def group_advantages(rewards, group_size):
+    """GRPO (arXiv 2402.03300, section 4.1.2): rewards [S], group after group -> advantages (r - mean) / (std + 1e-6)
+    [S], and the share of groups whose rewards do not vary: their advantages are 0."""
+    groups = rewards.view(-1, group_size)
+    same = (groups == groups[:, :1]).all(1, keepdim=True)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, correction=0, keepdim=True) + 1e-6)
+    return advantages.masked_fill(same, 0).flatten(), same.float().mean().item()
 
 
 def llm_minibatch(
@@ -680,11 +557,6 @@ def generation_actor(args, index, generation, pause, make_agent, make_problems, 
 actor = generation_actor  # what `Actors` starts
 
 
-def device_of(name):
-    """The device that `cpu` or `cuda` means for this learner and its actors."""
-    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
-
-
 def collect_rollout(args, agent, problems, completions, slot):
     """Generate and score the completions of one slot. Problems and noise depend on seed and rollout number alone."""
     rollout = global_rollout(args, completions.rollout[slot].item())
@@ -713,6 +585,218 @@ def ticket_version(args, rollout):
         return max(batch - args.lag, 0)
     draw = np.random.default_rng((args.seed, global_rollout(args, rollout)))
     return batch - int(draw.integers(min(args.lag, batch) + 1))
+
+
+def global_rollout(args, rollout):
+    """The number of a rollout of this learner, counted over all learners: those of a batch follow one another."""
+    batch, place = divmod(rollout, args.rollouts_per_batch)
+    return (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
+
+
+def train(args):
+    """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
+    UsageError if the flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or
+    SIGTERM."""
+    validate(args)
+    connect(args)
+    folder, resume = run_folder(args, args.task)
+    if resume:
+        folder, saved = load_checkpoint(resume)
+        check_resumed_batches(args, saved)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.learner_threads)
+    device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    problems = Problems(args)
+    model, tokenizer = load_language_model(args, problems)
+    make_agent = partial(Agent, model.config, model.generation_config, tokenizer, args)
+    agent = make_agent()
+    agent.model.load_state_dict(model.state_dict())
+    del model
+    check_lengths(args, agent, problems)
+    if args.model == "tiny" and (args.kl_coef or not resume) and RANK == 0:
+        warm_start(args, agent, problems)
+    same_start(agent, args.seed)
+    agent.to(device)
+    reference = copy.deepcopy(agent) if args.kl_coef else None
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
+    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
+    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
+    num_slots = args.num_actors * slots_per_actor
+    completions = Completions(args, num_slots)
+
+    version, tokens_seen, accuracies, seconds = 0, 0, [], Counter()  # seconds: over the whole run
+    trained = (agent, optimizer, store, ())
+    if resume:
+        restore(saved, *trained)
+        version, tokens_seen, accuracies = saved["version"], saved["tokens_seen"], saved["accuracies"]
+        seconds.update(saved["seconds"])
+    done = version * args.rollouts_per_batch
+    for rollout in range(done, done + num_slots):  # the next rollouts, as `Actors.issue` deals them out
+        index, turn = rollout % args.num_actors, rollout // args.num_actors
+        completions.rollout[index * slots_per_actor + turn % slots_per_actor] = rollout
+
+    def save():
+        counters = {"version": version, "tokens_seen": tokens_seen, "accuracies": accuracies}
+        save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
+
+    actors = Actors(args, slots_per_actor, version)
+    if not resume:
+        accuracies.append(accuracy(agent, problems, device))
+    tracked = None
+    if RANK == 0:
+        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
+        writer = SummaryWriter(folder, purge_step=version + 1 if resume else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_custom_scalars(LAYOUT)
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        if not resume:
+            writer.add_scalar("charts/accuracy", accuracies[0], 0)
+            print(
+                f"accuracy before training: {accuracies[0]:.1%} of {len(problems.test)} held-out problems", flush=True
+            )
+    hidden = None if RANK == 0 else True  # None: where there is no terminal
+    progress = tqdm(total=args.total_batches, initial=version, unit="batch", dynamic_ncols=True, disable=hidden)
+    next_line = 0
+    try:
+        actors.start(make_agent, partial(Problems, args), store, completions)
+        actors.issue(newest=version)
+        batch_time = time.perf_counter()
+        while version < args.total_batches:
+            # COLLECT a batch, copy it, and let its slots be filled again while we train
+            asked = time.perf_counter()
+            collected = actors.collect(batch=version)
+            if not all(gather(bool(collected))):  # learners end together, after the same batch
+                break
+            slots, waits, acts = map(list, zip(*collected, strict=True))
+            learner_wait = time.perf_counter() - asked
+            batch = completions.batch(slots, device)  # prompts [S, P], tokens [S, L], rewards [S], ...
+            lags = (version - completions.version[slots]).tolist()  # [R]
+            check_finite(f"in the data of batch {version}", vars(batch), folder)
+            completions.rollout[slots] += num_slots
+            actors.issue(newest=version, freed=slots)
+
+            # ALIGN: advantages within groups, once per batch; without a critic there is no more to align
+            advantages, without_variance = group_advantages(batch.rewards, args.group_size)  # [S]
+            inputs, mask = (batch.prompts, batch.prompt_mask, batch.tokens, batch.mask), batch.mask
+            learner_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)  # [S, L], as all log-probabilities
+            learner_ratios = log_ratio(learner_logprobs, batch.logprobs)[mask].exp()  # [K], pi_T/beta of all tokens
+            rows = [*inputs, batch.logprobs, advantages]
+            if reference:
+                rows.append(reference.get_logprobs(args.num_minibatches, *inputs))
+
+            # FILTER: minibatch updates of pi
+            lr = args.learning_rate * (1 - version / args.total_batches if args.anneal_lr else 1)
+            lr *= min((version + 1) / max(args.warmup_batches, 1), 1)
+            optimizer.param_groups[0]["lr"] = lr
+            samples = sum(gather(len(learner_ratios)))  # tokens of all learners
+            share = len(learner_ratios) / samples
+            updates, weights = [], []
+            for _ in range(args.update_epochs):
+                minibatches = torch.randperm(len(advantages)).to(device).tensor_split(args.num_minibatches)
+                sizes = torch.stack([mask.index_select(0, mb).sum() for mb in minibatches])  # tokens, and
+                shares = sizes / all_sum(sizes.clone())  # the share in those of all learners
+                for mb, mb_share in zip(minibatches, shares, strict=True):
+                    loss, update = llm_minibatch(agent, args, mb_share, *(row.index_select(0, mb) for row in rows))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    average_gradients(agent, mb_share)
+                    update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    updates.append(update)
+                    weights.append(mb_share / share)  # 1 for a single learner
+
+            # PUBLISH the next version
+            weights, names = torch.stack(weights), updates[0]
+            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
+            final_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)
+            final_ratios = log_ratio(final_logprobs, batch.logprobs)[mask].exp()  # [K], pi/beta
+            check_finite(f"in the batch after version {version}", means | agent.state_dict(), folder)
+            version += 1
+            store.publish(agent, version)
+            actors.issue(newest=version)
+            tokens_seen += samples
+
+            # LOG, against batches: means over all learners
+            now = time.perf_counter()
+            batch_seconds, batch_time = now - batch_time, now
+            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
+            means |= {
+                "lag/tv_backward": 0.5 * (learner_ratios - 1).abs().mean().item(),
+                "lag/tv_forward": 0.5 * (final_ratios - learner_ratios).abs().mean().item(),
+                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
+                "lag/ess": (learner_ratios.mean().square() / learner_ratios.square().mean()).item(),
+                "stats/learner_wait": learner_wait / batch_seconds,
+                "stats/actor_wait": sum(waits) / sum(waits + acts),
+                "stats/rollout_time": sum(acts) / len(acts),
+                "stats/update_time": batch_seconds - learner_wait,
+                "stats/queue_size": len(actors.finished),
+            }
+            of_completions = {
+                "charts/reward": batch.rewards.mean().item(),
+                "filter/groups_without_variance": without_variance,
+            }
+            scalars = global_means(share, means) | global_means(1 / WORLD_SIZE, of_completions)
+            scalars["charts/learning_rate"] = lr
+            scalars["charts/completion_length"] = samples / (len(mask) * WORLD_SIZE)
+            scalars["charts/tokens_per_second"] = tokens_seen / seconds["total"]
+            everyone = zip(*gather((lags, [actors.restarts])), strict=True)
+            lags, restarts = (list(itertools.chain(*parts)) for parts in everyone)
+            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
+            scalars["stats/actor_restarts"] = sum(restarts)
+            if version % args.eval_interval == 0 or version == args.total_batches:
+                scalars["charts/accuracy"] = accuracy(agent, problems, device)
+                accuracies.append(scalars["charts/accuracy"])
+                shown = slice(0, 4 * args.group_size, args.group_size)
+                questions = agent.decode(batch.prompts[shown], batch.prompt_mask[shown])
+                answers, rewards = agent.decode(batch.tokens[shown], mask[shown]), batch.rewards[shown].tolist()
+                lines = [f"|{q!r}|{a!r}|{r:.2f}|" for q, a, r in zip(questions, answers, rewards, strict=True)]
+                if RANK == 0:
+                    writer.add_text("samples", "\n".join(["|prompt|completion|reward|\n|-|-|-|", *lines]), version)
+                batch_time = time.perf_counter()  # evaluation is no part of the next batch
+            for name, value in scalars.items() if RANK == 0 else ():
+                writer.add_scalar(name, value, version)
+            status = f"accuracy {accuracies[-1]:.1%}, reward {scalars['charts/reward']:.3f}, lag {np.mean(lags):.1f}"
+            status += f", TV {scalars['lag/tv_total']:.4f}, dropped {scalars['filter/dropped']:.1%}"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update()
+            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
+                print(f"batch {version}/{args.total_batches}, {status}", flush=True)
+                next_line = now + 5
+            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
+                save()
+        save()
+        if args.save_model and RANK == 0:
+            agent.model.save_pretrained(f"{folder}/model")
+            agent.tokenizer.save_pretrained(f"{folder}/model")
+            with open(f"{folder}/model/{FLAGS_FILE}", "w") as file:
+                json.dump(vars(args), file, indent=1)
+    finally:
+        actors.stop()
+        progress.close()
+        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
+            if RANK == 0:
+                writer.close()
+    if version < args.total_batches:
+        if RANK == 0:
+            tell(f"stopped at batch {version}; --resume {folder} goes on from there")
+        raise actors.end or RunError(f"another learner has ended the run, at batch {version}")
+    summary = (
+        f"{args.task}, seed {args.seed}: accuracy {accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} "
+        f"held-out problems; {version} batches, {tokens_seen} tokens in {seconds['total']:.1f} s; learner waited "
+        f"{seconds['learner_wait'] / seconds['total']:.1%} of the time, actors "
+        f"{seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
+    )
+    if RANK == 0:
+        print(summary)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if tracked:
+        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
+    return agent
 
 
 class Actors:
@@ -871,10 +955,136 @@ class Actors:
             signal.signal(number, handler)
 
 
-def global_rollout(args, rollout):
-    """The number of a rollout of this learner, counted over all learners: those of a batch follow one another."""
-    batch, place = divmod(rollout, args.rollouts_per_batch)
-    return (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
+# The groups of flags in --help, by the first flag of each
+HEADINGS = {
+    "exp_name": "run and machine",
+    "model": "model and task",
+    "total_batches": "length and evaluation",
+    "track": "tracking and evaluation",
+    "checkpoint_interval": "checkpoints and faults",
+    "num_actors": "actors: how old data is when it arrives (backward lag)",
+    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
+    "objective": "objective: gradients filtered, or ratios clipped",
+}
+
+# What stands side by side under "Custom scalars" in TensorBoard
+LAYOUT = {
+    "policy lag": {
+        "accuracy": ["Multiline", ["charts/accuracy", "charts/reward"]],
+        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
+        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
+        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
+        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
+    }
+}
+
+
+class UsageError(Exception):
+    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what failed, where, and what is saved."""
+
+
+def tell(text):
+    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
+    with contextlib.suppress(OSError):
+        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
+
+
+def check(args, name, holds, advice):
+    """Raise UsageError about the flag `name` unless `holds`."""
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+
+
+def validate(args):
+    """Check all flags and packages, before any process starts. Raises UsageError."""
+    lowest = dict.fromkeys(("learner_threads", "max_prompt_tokens", "max_new_tokens", "eval_interval", "eval_size"), 1)
+    lowest |= dict.fromkeys(("num_actors", "prompts_per_rollout", "rollouts_per_batch", "num_minibatches"), 1)
+    lowest |= {"update_epochs": 1, "group_size": 2, "temperature": 1e-3, "max_grad_norm": 1e-9, "actor_timeout": 1}
+    lowest |= {"total_batches": 1, "learner_timeout": 1}
+    highest = {"seed": 2**31 - 1, "actor_nice": 19, "num_actors": 256, "lag": 10_000, "eval_size": 10_000}
+    highest |= {"learner_threads": 1024, "prompts_per_rollout": 4096, "group_size": 1024, "rollouts_per_batch": 1024}
+    highest |= {"max_prompt_tokens": 2**17, "max_new_tokens": 2**17, "warm_start_accuracy": 1}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):
+            low, high = lowest.get(name, 0), highest.get(name, 10**12)
+            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
+    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
+    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
+    check(args, "cuda", not gpus or gpus >= here, advice)
+    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
+    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
+    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
+    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
+    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
+    completions = args.rollouts_per_batch * args.prompts_per_rollout * args.group_size
+    advice = f"more than the {completions} completions of a batch"
+    check(args, "num_minibatches", args.num_minibatches <= completions, advice)
+    no_gpu = args.actor_device == "cuda" and not torch.cuda.is_available()
+    check(args, "actor_device", not no_gpu, "there is no GPU that torch can use; type --actor-device cpu")
+    needed = {"transformers": "model", "reasoning_gym": "task"}
+    needed |= {"gguf": "model"} if args.model.endswith(".gguf") else {}
+    needed |= {"datasets": "task"} if args.task == "gsm8k" else {}
+    needed |= {"wandb": "track"} if args.track else {}
+    for package, name in needed.items():
+        pip_name = package.replace("_", "-")
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            listed = "" if package in ("datasets", "wandb") else ", or pip install -r requirements-llm.txt"
+            check(args, name, False, f"needs the package {pip_name}; type pip install {pip_name}{listed}")
+
+
+def task_options(args):
+    """The options of a procedural task, {name: value}: those of the flag, over this script's own for chain_sum."""
+    own = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1} if args.task == "chain_sum" else {}
+    return own | json.loads(args.task_config or "{}")
+
+
+def check_lengths(args, agent, problems):
+    """Raise UsageError if held-out problems, or the first ones for training, have prompts, or, for the tiny model,
+    answers that the flags leave no room for."""
+    entries = [*problems.test, *(problems[number] for number in range(256))]
+    try:
+        longest = agent.encode([entry["question"] for entry in entries])[0].shape[1]
+    except Exception as error:  # raised by the template's own code
+        check(args, "model", False, f"its chat template takes no such messages: {one_line(error)}")
+    check(args, "max_prompt_tokens", longest <= args.max_prompt_tokens, f"a prompt has {longest}; type that, or more")
+    if args.model == "tiny":
+        written = all(isinstance(entry["answer"], str) for entry in entries)
+        check(args, "task", written, "has no written answers that a tiny model could begin with; type --model")
+        longest = max(len(agent.tokenizer(entry["answer"]).input_ids) for entry in entries)
+        advice = f"an answer has {longest}, the end included; type that, or more"
+        check(args, "max_new_tokens", longest <= args.max_new_tokens, advice)
+
+
+def device_of(name):
+    """The device that `cpu` or `cuda` means for this learner and its actors."""
+    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+
+
+def one_line(error):
+    """An error's name and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def load_gsm8k(args):
+    """Training and test problems of grade school math, arXiv 2110.14168. Raises UsageError if they are not there."""
+    import datasets
+
+    splits = []
+    try:
+        for split in ("train", "test"):
+            rows = datasets.load_dataset("openai/gsm8k", "main", split=split)
+            splits.append([{"question": row["question"], "answer": last_number(row["answer"])} for row in rows])
+    except Exception as error:
+        check(args, "task", False, f"its data is not there, and cannot be loaded: {one_line(error)}")
+    np.random.default_rng(args.seed).shuffle(splits[0])
+    return splits[0], splits[1][: args.eval_size]
 
 
 def connect(args):
@@ -1127,212 +1337,6 @@ def evaluate_model(args):
             flush=True,
         )
     return results
-
-
-def train(args):
-    """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
-    UsageError if the flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or
-    SIGTERM."""
-    validate(args)
-    connect(args)
-    folder, resume = run_folder(args, args.task)
-    if resume:
-        folder, saved = load_checkpoint(resume)
-        check_resumed_batches(args, saved)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(args.learner_threads)
-    device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-
-    problems = Problems(args)
-    model, tokenizer = load_language_model(args, problems)
-    make_agent = partial(Agent, model.config, model.generation_config, tokenizer, args)
-    agent = make_agent()
-    agent.model.load_state_dict(model.state_dict())
-    del model
-    check_lengths(args, agent, problems)
-    if args.model == "tiny" and (args.kl_coef or not resume) and RANK == 0:
-        warm_start(args, agent, problems)
-    same_start(agent, args.seed)
-    agent.to(device)
-    reference = copy.deepcopy(agent) if args.kl_coef else None
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
-    store.publish(agent, 0)
-    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
-    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
-    num_slots = args.num_actors * slots_per_actor
-    completions = Completions(args, num_slots)
-
-    version, tokens_seen, accuracies, seconds = 0, 0, [], Counter()  # seconds: over the whole run
-    trained = (agent, optimizer, store, ())
-    if resume:
-        restore(saved, *trained)
-        version, tokens_seen, accuracies = saved["version"], saved["tokens_seen"], saved["accuracies"]
-        seconds.update(saved["seconds"])
-    done = version * args.rollouts_per_batch
-    for rollout in range(done, done + num_slots):  # the next rollouts, as `Actors.issue` deals them out
-        index, turn = rollout % args.num_actors, rollout // args.num_actors
-        completions.rollout[index * slots_per_actor + turn % slots_per_actor] = rollout
-
-    def save():
-        counters = {"version": version, "tokens_seen": tokens_seen, "accuracies": accuracies}
-        save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
-
-    actors = Actors(args, slots_per_actor, version)
-    if not resume:
-        accuracies.append(accuracy(agent, problems, device))
-    tracked = None
-    if RANK == 0:
-        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
-        writer = SummaryWriter(folder, purge_step=version + 1 if resume else None)
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_custom_scalars(LAYOUT)
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        if not resume:
-            writer.add_scalar("charts/accuracy", accuracies[0], 0)
-            print(
-                f"accuracy before training: {accuracies[0]:.1%} of {len(problems.test)} held-out problems", flush=True
-            )
-    hidden = None if RANK == 0 else True  # None: where there is no terminal
-    progress = tqdm(total=args.total_batches, initial=version, unit="batch", dynamic_ncols=True, disable=hidden)
-    next_line = 0
-    try:
-        actors.start(make_agent, partial(Problems, args), store, completions)
-        actors.issue(newest=version)
-        batch_time = time.perf_counter()
-        while version < args.total_batches:
-            # COLLECT a batch, copy it, and let its slots be filled again while we train
-            asked = time.perf_counter()
-            collected = actors.collect(batch=version)
-            if not all(gather(bool(collected))):  # learners end together, after the same batch
-                break
-            slots, waits, acts = map(list, zip(*collected, strict=True))
-            learner_wait = time.perf_counter() - asked
-            batch = completions.batch(slots, device)  # prompts [S, P], tokens [S, L], rewards [S], ...
-            lags = (version - completions.version[slots]).tolist()  # [R]
-            check_finite(f"in the data of batch {version}", vars(batch), folder)
-            completions.rollout[slots] += num_slots
-            actors.issue(newest=version, freed=slots)
-
-            # ALIGN: advantages within groups, once per batch; without a critic there is no more to align
-            advantages, without_variance = group_advantages(batch.rewards, args.group_size)  # [S]
-            inputs, mask = (batch.prompts, batch.prompt_mask, batch.tokens, batch.mask), batch.mask
-            learner_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)  # [S, L], as all log-probabilities
-            learner_ratios = log_ratio(learner_logprobs, batch.logprobs)[mask].exp()  # [K], pi_T/beta of all tokens
-            rows = [*inputs, batch.logprobs, advantages]
-            if reference:
-                rows.append(reference.get_logprobs(args.num_minibatches, *inputs))
-
-            # FILTER: minibatch updates of pi
-            lr = args.learning_rate * (1 - version / args.total_batches if args.anneal_lr else 1)
-            lr *= min((version + 1) / max(args.warmup_batches, 1), 1)
-            optimizer.param_groups[0]["lr"] = lr
-            samples = sum(gather(len(learner_ratios)))  # tokens of all learners
-            share = len(learner_ratios) / samples
-            updates, weights = [], []
-            for _ in range(args.update_epochs):
-                minibatches = torch.randperm(len(advantages)).to(device).tensor_split(args.num_minibatches)
-                sizes = torch.stack([mask.index_select(0, mb).sum() for mb in minibatches])  # tokens, and
-                shares = sizes / all_sum(sizes.clone())  # the share in those of all learners
-                for mb, mb_share in zip(minibatches, shares, strict=True):
-                    loss, update = llm_minibatch(agent, args, mb_share, *(row.index_select(0, mb) for row in rows))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    average_gradients(agent, mb_share)
-                    update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    updates.append(update)
-                    weights.append(mb_share / share)  # 1 for a single learner
-
-            # PUBLISH the next version
-            weights, names = torch.stack(weights), updates[0]
-            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
-            final_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)
-            final_ratios = log_ratio(final_logprobs, batch.logprobs)[mask].exp()  # [K], pi/beta
-            check_finite(f"in the batch after version {version}", means | agent.state_dict(), folder)
-            version += 1
-            store.publish(agent, version)
-            actors.issue(newest=version)
-            tokens_seen += samples
-
-            # LOG, against batches: means over all learners
-            now = time.perf_counter()
-            batch_seconds, batch_time = now - batch_time, now
-            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
-            means |= {
-                "lag/tv_backward": 0.5 * (learner_ratios - 1).abs().mean().item(),
-                "lag/tv_forward": 0.5 * (final_ratios - learner_ratios).abs().mean().item(),
-                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
-                "lag/ess": (learner_ratios.mean().square() / learner_ratios.square().mean()).item(),
-                "stats/learner_wait": learner_wait / batch_seconds,
-                "stats/actor_wait": sum(waits) / sum(waits + acts),
-                "stats/rollout_time": sum(acts) / len(acts),
-                "stats/update_time": batch_seconds - learner_wait,
-                "stats/queue_size": len(actors.finished),
-            }
-            of_completions = {
-                "charts/reward": batch.rewards.mean().item(),
-                "filter/groups_without_variance": without_variance,
-            }
-            scalars = global_means(share, means) | global_means(1 / WORLD_SIZE, of_completions)
-            scalars["charts/learning_rate"] = lr
-            scalars["charts/completion_length"] = samples / (len(mask) * WORLD_SIZE)
-            scalars["charts/tokens_per_second"] = tokens_seen / seconds["total"]
-            everyone = zip(*gather((lags, [actors.restarts])), strict=True)
-            lags, restarts = (list(itertools.chain(*parts)) for parts in everyone)
-            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
-            scalars["stats/actor_restarts"] = sum(restarts)
-            if version % args.eval_interval == 0 or version == args.total_batches:
-                scalars["charts/accuracy"] = accuracy(agent, problems, device)
-                accuracies.append(scalars["charts/accuracy"])
-                shown = slice(0, 4 * args.group_size, args.group_size)
-                questions = agent.decode(batch.prompts[shown], batch.prompt_mask[shown])
-                answers, rewards = agent.decode(batch.tokens[shown], mask[shown]), batch.rewards[shown].tolist()
-                lines = [f"|{q!r}|{a!r}|{r:.2f}|" for q, a, r in zip(questions, answers, rewards, strict=True)]
-                if RANK == 0:
-                    writer.add_text("samples", "\n".join(["|prompt|completion|reward|\n|-|-|-|", *lines]), version)
-                batch_time = time.perf_counter()  # evaluation is no part of the next batch
-            for name, value in scalars.items() if RANK == 0 else ():
-                writer.add_scalar(name, value, version)
-            status = f"accuracy {accuracies[-1]:.1%}, reward {scalars['charts/reward']:.3f}, lag {np.mean(lags):.1f}"
-            status += f", TV {scalars['lag/tv_total']:.4f}, dropped {scalars['filter/dropped']:.1%}"
-            progress.set_postfix_str(status, refresh=False)
-            progress.update()
-            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
-                print(f"batch {version}/{args.total_batches}, {status}", flush=True)
-                next_line = now + 5
-            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
-                save()
-        save()
-        if args.save_model and RANK == 0:
-            agent.model.save_pretrained(f"{folder}/model")
-            agent.tokenizer.save_pretrained(f"{folder}/model")
-            with open(f"{folder}/model/{FLAGS_FILE}", "w") as file:
-                json.dump(vars(args), file, indent=1)
-    finally:
-        actors.stop()
-        progress.close()
-        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
-            if RANK == 0:
-                writer.close()
-    if version < args.total_batches:
-        if RANK == 0:
-            tell(f"stopped at batch {version}; --resume {folder} goes on from there")
-        raise actors.end or RunError(f"another learner has ended the run, at batch {version}")
-    summary = (
-        f"{args.task}, seed {args.seed}: accuracy {accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} "
-        f"held-out problems; {version} batches, {tokens_seen} tokens in {seconds['total']:.1f} s; learner waited "
-        f"{seconds['learner_wait'] / seconds['total']:.1%} of the time, actors "
-        f"{seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
-    )
-    if RANK == 0:
-        print(summary)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if tracked:
-        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
-    return agent
 
 
 def parsed_flags():

@@ -181,12 +181,12 @@ def test_baselines_play_an_environment_of_ones_own(script, own_env):
     assert read_curves(".")["charts/episodic_length"] == [30, 30]
 
 
-def test_the_readme_counts_the_lines_of_its_diffs():
-    found = re.findall(r"^    diff (\S+) (\S+) .*# (\d+) lines", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+def test_the_readme_knows_the_lengths_of_its_diffs():
+    found = re.findall(r"^    diff (\S+) (\S+) .*# about (\d+)", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert len(found) == 3
     for one, other, count in found:
         lines = subprocess.run(["diff", REPOSITORY / one, REPOSITORY / other], capture_output=True, text=True).stdout
-        assert len(re.findall("^[<>]", lines, re.MULTILINE)) == int(count), (one, other)
+        assert abs(len(re.findall("^[<>]", lines, re.MULTILINE)) - int(count)) <= 20, (one, other)
 
 
 def test_the_algorithm_can_be_copied():

@@ -34,3 +34,12 @@ def test_same_name_same_code(one, other):
     for name in sorted(shared):
         drift += difflib.unified_diff(first[name], second[name], f"{one.name}:{name}", f"{other.name}:{name}")
     assert not drift, "".join(drift)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_reader_meets_the_whole_method_first_and_briefly(script):
+    nodes = {node.name: node for node in ast.parse(script.read_text()).body if hasattr(node, "name")}
+    services = [node for node in nodes.values() if node.lineno > nodes["train"].end_lineno]
+    assert {"Actors", "validate", "connect", "save_checkpoint", "check_finite"} <= {node.name for node in services}
+    # Two domains, or a model, tasks and a warm start, take more lines
+    assert nodes["train"].end_lineno <= (700 if script.stem in ("vaco_async_mujoco", "vaco_async_atari") else 800)
