@@ -202,17 +202,6 @@ class Problems:
         return float(score >= 1) if number else score
 
 
-def make_problems(args, seed):
-    """The problems of a procedural task. Raises UsageError."""
-    names = reasoning_gym.factory.DATASETS
-    close = ", ".join(difflib.get_close_matches(args.task, names, n=3, cutoff=0))
-    check(args, "task", args.task in names, f"no task of reasoning-gym, and not gsm8k; closest: {close}")
-    try:
-        return reasoning_gym.create_dataset(args.task, seed=seed, size=NUM_PROBLEMS, **task_options(args))
-    except Exception as error:  # no JSON, an option that is not there, a value that the task refuses
-        check(args, "task_config", False, f"{args.task} does not take it: {one_line(error)}")
-
-
 def last_number(text):
     """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250"."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
@@ -223,47 +212,6 @@ def as_number(text):
     """The value of what `last_number` finds: "$18.00" is 18. None if there is none."""
     number = last_number(text)
     return Decimal(number) if number else None
-
-
-def tiny_model(problems):
-    """A Llama of 0.7M parameters and its tokenizer: one token for every character (every byte, if it is not ASCII), and
-    one for the words that all questions begin with, which say nothing."""
-    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
-    questions = zip(*(problems[number]["question"] for number in range(256)), strict=False)  # character by character
-    start = "".join(same[0] for same in itertools.takewhile(lambda place: len(set(place)) == 1, questions))
-    start = start.rpartition(" ")[0]
-    tokenizer.add_tokens([start] if start else [])
-    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "tie_word_embeddings": True}
-    settings |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
-    settings |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)), tokenizer
-
-
-def load_language_model(args, problems):
-    """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
-    transformers.utils.logging.disable_progress_bar()
-    flag = "evaluate" if args.evaluate else "model"  # that named it
-    source = {"pretrained_model_name_or_path": args.model}
-    if args.model.endswith(".gguf"):
-        check(args, flag, os.path.isfile(args.model), "there is no such file")
-        folder, file = os.path.split(os.path.abspath(args.model))
-        source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
-    try:
-        if args.model == "tiny":
-            model, tokenizer = tiny_model(problems)
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # many kinds: no such folder or id, no network, a broken file, a missing package
-        check(args, flag, False, f"neither tiny nor what transformers can load: {one_line(error)}")
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    # The format of a base model, which has none
-    plain = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-    tokenizer.chat_template = tokenizer.chat_template or plain
-    stops = np.atleast_1d(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
-    settings = {"eos_token_id": sorted({*stops, tokenizer.eos_token_id}), "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = transformers.GenerationConfig(**settings)  # and none of its own rules for sampling
-    return model, tokenizer
 
 
 class Agent(nn.Module):
@@ -1070,6 +1018,58 @@ def device_of(name):
 def one_line(error):
     """An error's name and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def tiny_model(problems):
+    """A Llama of 0.7M parameters and its tokenizer: one token for every character (every byte, if it is not ASCII), and
+    one for the words that all questions begin with, which say nothing."""
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    questions = zip(*(problems[number]["question"] for number in range(256)), strict=False)  # character by character
+    start = "".join(same[0] for same in itertools.takewhile(lambda place: len(set(place)) == 1, questions))
+    start = start.rpartition(" ")[0]
+    tokenizer.add_tokens([start] if start else [])
+    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "tie_word_embeddings": True}
+    settings |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)), tokenizer
+
+
+def load_language_model(args, problems):
+    """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
+    transformers.utils.logging.disable_progress_bar()
+    flag = "evaluate" if args.evaluate else "model"  # that named it
+    source = {"pretrained_model_name_or_path": args.model}
+    if args.model.endswith(".gguf"):
+        check(args, flag, os.path.isfile(args.model), "there is no such file")
+        folder, file = os.path.split(os.path.abspath(args.model))
+        source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
+    try:
+        if args.model == "tiny":
+            model, tokenizer = tiny_model(problems)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # many kinds: no such folder or id, no network, a broken file, a missing package
+        check(args, flag, False, f"neither tiny nor what transformers can load: {one_line(error)}")
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    # The format of a base model, which has none
+    plain = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template or plain
+    stops = np.atleast_1d(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
+    settings = {"eos_token_id": sorted({*stops, tokenizer.eos_token_id}), "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = transformers.GenerationConfig(**settings)  # and none of its own rules for sampling
+    return model, tokenizer
+
+
+def make_problems(args, seed):
+    """The problems of a procedural task. Raises UsageError."""
+    names = reasoning_gym.factory.DATASETS
+    close = ", ".join(difflib.get_close_matches(args.task, names, n=3, cutoff=0))
+    check(args, "task", args.task in names, f"no task of reasoning-gym, and not gsm8k; closest: {close}")
+    try:
+        return reasoning_gym.create_dataset(args.task, seed=seed, size=NUM_PROBLEMS, **task_options(args))
+    except Exception as error:  # no JSON, an option that is not there, a value that the task refuses
+        check(args, "task_config", False, f"{args.task} does not take it: {one_line(error)}")
 
 
 def load_gsm8k(args):
