@@ -400,7 +400,10 @@ def llm_minibatch(
         }
     if reference_logprobs is None:
         return policy_loss, logs
-    to_reference = log_ratio(reference_logprobs[mask], newlogprobs)
+    # Where `--top-k` excludes a token, from the policy, the reference or both, KL is infinite or undefined: left out
+    reference_logprobs = reference_logprobs[mask]
+    shared = torch.isfinite(newlogprobs) & torch.isfinite(reference_logprobs)
+    to_reference = log_ratio(*(torch.where(shared, x, 0) for x in (reference_logprobs, newlogprobs)))
     # The same estimator, of KL(pi, reference), but on tokens that beta drew
     reference_kl = (to_reference.exp() - 1 - to_reference).mean()
     return policy_loss + args.kl_coef * reference_kl, logs | {"losses/reference_kl": reference_kl.detach()}

@@ -278,6 +278,19 @@ def test_a_token_that_truncation_excludes_now_has_no_gradient():
     assert all(math.isfinite(value) for value in logs.values())
 
 
+def test_reference_kl_leaves_out_what_truncation_excludes():
+    """A token that beta drew, and the policy, the reference, or both exclude, has no KL, and no gradient of it."""
+    away = -math.inf
+    logprobs = torch.tensor([[-1.0, away, away, -1.2]], requires_grad=True)
+    reference = torch.tensor([[-1.5, away, -1.0, away]])
+    inputs = (None, None, None, torch.ones(1, 4).bool(), torch.full((1, 4), -1.0), torch.zeros(1), reference)
+    loss, logs = llm_minibatch(FixedAgent(logprobs), Args(kl_coef=2), 1, *inputs)
+    loss.backward()
+    expected = (math.exp(-0.5) - 1 + 0.5) / 4
+    assert (loss.item(), logs["losses/reference_kl"].item()) == pytest.approx((2 * expected, expected))
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[2 * (1 - math.exp(-0.5)) / 4, 0, 0, 0]]))
+
+
 def test_verifier_on_known_answers():
     problems = Problems(Args(eval_size=3))
     entry = {"question": "", "answer": "12", "metadata": {}}
