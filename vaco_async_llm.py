@@ -72,6 +72,10 @@ RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RAN
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 FLAGS_FILE = "vaco_flags.json"  # beside a saved model
 NUM_PROBLEMS = 2**20  # of a procedural task, for training; then they come again
+# Tasks whose verifiers run completions as code of Python or sympy: they get nothing but plain expressions and lists
+EVALUATING = {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"}
+EVALUATING |= {"puzzle24", "simple_integration", "spiral_matrix", "string_insertion"}
+FUNCTIONS = set("sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log sqrt Abs Integral".split())  # in them
 
 
 @dataclass
@@ -91,7 +95,8 @@ class Args:
     # the warm start stops as soon as the tiny model solves this share of the last 1024 problems before it has learnt
     # from them, so that there is more to learn
     warm_start_accuracy: float = 0.5
-    # a task of reasoning-gym, scored by its own verifier, or gsm8k, which needs the package datasets
+    # a task of reasoning-gym, scored by its own verifier, or gsm8k, which needs the package datasets. Some verifiers
+    # evaluate completions as code, of which only plain expressions are let through: no sandbox
     task: str = "chain_sum"
     task_config: str = ""  # the task's options, as JSON; chain_sum has two or three one-digit terms if it says no other
     system_prompt: str = ""  # the system message, for models whose chat template has one
@@ -190,13 +195,19 @@ class Problems:
     def score(self, text, entry):
         """What the task's verifier gives a completion, 0 to 1: for what stands in its last <answer> </answer>, if it
         has that; else for its last number, if the answer is a number; else for all of it. Numbers are right or wrong:
-        the library would pay for right digits in a wrong number."""
+        the library would pay for right digits in a wrong number. What a verifier must not evaluate, or cannot judge in
+        5 seconds of CPU time, gets 0."""
         answer, expected = reasoning_gym.utils.extract_answer(text), entry["answer"] or ""
-        number = expected != "" and last_number(expected) == expected
+        number = re.fullmatch(r"-?(0|[1-9]\d*|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?", expected)
         if answer is None:
             answer = last_number(text) if number else text.strip()
+        if number and as_number(answer) == as_number(expected):
+            return 1.0
+        if self.args.task in EVALUATING and not is_plain(answer):
+            return 0.0
         try:
-            score = float(self.verify(answer, entry))
+            with time_limit(5):
+                score = float(self.verify(answer, entry))
         except Exception:  # not every verifier takes whatever a model may say
             return 0.0
         return float(score >= 1) if number else score
@@ -204,7 +215,7 @@ class Problems:
 
 def last_number(text):
     """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250"."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
     return numbers[-1].removesuffix(".0") if numbers else ""
 
 
@@ -212,6 +223,15 @@ def as_number(text):
     """The value of what `last_number` finds: "$18.00" is 18. None if there is none."""
     number = last_number(text)
     return Decimal(number) if number else None
+
+
+def is_plain(text):
+    """Whether a text is safe to evaluate: a list of words and numbers, or an expression that calls FUNCTIONS alone and
+    has no strings, which functions of sympy would evaluate, no attributes, and nothing to index."""
+    if re.fullmatch(r"[\w\s,.'\"\[\]-]*", text) and not re.search(r"\.\s*[^\W\d]", text):
+        return True
+    expression = re.fullmatch(r"[\w\s,.()+*/^-]*", text) and not re.search(r"__|\.\s*[^\W\d]", text)
+    return bool(expression and {*re.findall(r"(\w+|\))\s*\(", text)} <= FUNCTIONS)
 
 
 class Agent(nn.Module):
@@ -1073,6 +1093,26 @@ def make_problems(args, seed):
         return reasoning_gym.create_dataset(args.task, seed=seed, size=NUM_PROBLEMS, **task_options(args))
     except Exception as error:  # no JSON, an option that is not there, a value that the task refuses
         check(args, "task_config", False, f"{args.task} does not take it: {one_line(error)}")
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise TimeoutError in what takes more CPU time: the load of the machine changes nothing. Python allows it in the
+    main thread only."""
+
+    def stop(*_):
+        raise TimeoutError(f"more than {seconds} s of CPU time")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def load_gsm8k(args):

@@ -1,5 +1,6 @@
 """The language-model script: tokens, masks, groups, filter, verifier, whole runs, and wrong input."""
 
+import inspect
 import json
 import math
 import multiprocessing as mp
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,10 +301,74 @@ def test_verifier_on_known_answers():
     for text in ("", "13", "-12", "112", "12 or 13", "<answer>13</answer> 12", "<answer></answer> 12", "twelve"):
         assert problems.score(text, entry) == 0, text
     assert problems.score("5 - 8 is -3", {"question": "", "answer": "-3", "metadata": {}}) == 1
+    decimal = {"question": "", "answer": "12.0", "metadata": {}}
+    thousands = {"question": "", "answer": "1,250", "metadata": {}}
+    bits = {"question": "", "answer": "0110", "metadata": {}}
+    for text, expected, score in (
+        ("It is 12.0", decimal, 1),
+        ("12", decimal, 1),
+        ("12.5", decimal, 0),
+        ("1,2", entry, 0),
+        ("It is 1250", thousands, 1),
+        ("<answer>1,250</answer>", thousands, 1),
+        ("1,25", thousands, 0),
+        ("0110", bits, 1),
+    ):
+        assert problems.score(text, expected) == score, (text, expected)
+    problems.verify = lambda answer, entry: answer == entry["answer"]
+    assert problems.score("110", bits) == 0  # digits, not a number: the verifier's alone
     words = Problems(Args(task="letter_counting", eval_size=3))
     assert words.score(words.test[0]["answer"], words.test[0]) == 1
     factors = Problems(Args(task="prime_factorization", eval_size=3))  # its verifier raises on words
     assert factors.score("three", factors.test[0]) == 0 < factors.score(factors.test[0]["answer"], factors.test[0])
+
+
+def test_a_verifier_that_does_not_end_gives_0(monkeypatch):
+    monkeypatch.setattr(vaco_async_llm, "time_limit", lambda _, limit=vaco_async_llm.time_limit: limit(0.2))
+    problems, start = Problems(Args()), time.process_time()
+
+    def verify(answer, entry):
+        while time.process_time() < start + 3:
+            pass
+        return 1.0
+
+    problems.verify = verify
+    assert problems.score("no number", {"answer": "a word"}) == 0
+    problems.verify = lambda answer, entry: time.sleep(0.5) or 1.0  # waiting, on a busy machine, counts for nothing
+    assert problems.score("no number", {"answer": "a word"}) == 1
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_completions_are_not_executed():
+    """By verifiers that evaluate them, whose list is complete; what they would accept, they still get."""
+    found = {
+        name
+        for name, (task, _) in vaco_async_llm.reasoning_gym.factory.DATASETS.items()
+        if re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(task.score_answer))
+    }
+    assert found - {"number_sorting"} == vaco_async_llm.EVALUATING  # which evaluates the right answer only
+    code = "open('made', 'w')"
+    shouts = "".join(f"chr({ord(letter)})+" for letter in code)[:-1]
+    for task in ("countdown", "string_insertion"):  # by sympy, by Python
+        problems = Problems(Args(task=task))
+        for text in (
+            code,
+            f"eval({shouts})",
+            f"(eval)({shouts})",
+            f"[eval][0]({shouts})",
+            f"sin({code!r})",
+            f"1+{code}",
+        ):
+            assert problems.score(text, problems[0]) < 1
+        assert not os.path.exists("made")
+    for task in ("countdown", "intermediate_integration", "n_queens", "spiral_matrix"):
+        problems = Problems(Args(task=task))
+        for number in range(5):
+            entry = problems[number]
+            rightly = entry["metadata"]["valid_answers"][0] if task == "n_queens" else entry["answer"]
+            assert problems.score(rightly, entry) == 1
+    numbers = entry["answer"].split()
+    assert problems.score(f"[{', '.join(numbers)}]", entry) == 0.1  # as a list of Python
 
 
 def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_model):
