@@ -100,7 +100,7 @@ class Args:
     task: str = "chain_sum"
     task_config: str = ""  # the task's options, as JSON; chain_sum has two or three one-digit terms if it says no other
     system_prompt: str = ""  # the system message, for models whose chat template has one
-    max_prompt_tokens: int = 256  # the longest prompt that a slot can hold
+    max_prompt_tokens: int = 256  # the longest prompt that a slot can hold; longer training problems are passed over
     max_new_tokens: int = 6  # where a completion is cut
     temperature: float = 1.0  # the sampling temperature: the policy is what is sampled from, in actors and learner
     top_k: int = 0  # sample from the k most likely tokens only; 0: from all
@@ -179,18 +179,24 @@ class Problems:
         """`--eval-size` problems, or fewer, if the task does not have so many."""
         entries, found = make_problems(self.args, 1024 * NUM_PROBLEMS), {}
         for number in range(16 * self.args.eval_size):
-            if self.held_out(entries[number]["question"]) and len(found) < self.args.eval_size:
-                found.setdefault(entries[number]["question"], entries[number])
+            if self.held_out((entry := entries[number])["question"]):  # made anew at each access
+                found.setdefault(entry["question"], entry)
+            if len(found) == self.args.eval_size:
+                break
         check(self.args, "task", found, "has so few questions that none can be held out")
         return list(found.values())
 
     def __getitem__(self, number):
-        """A training problem, by its number from 0 on."""
+        return self.find(number)
+
+    def find(self, number, fits=lambda question: True):
+        """A training problem, by its number from 0 on; another one in place of what is held out, or does not fit."""
         for _ in range(1000):
-            if not self.held_out((entry := self.train[number % len(self.train)])["question"]):
+            question = (entry := self.train[number % len(self.train)])["question"]
+            if not self.held_out(question) and fits(question):
                 return entry
             number += 7919
-        check(self.args, "task", False, "has so few questions that all are held out")
+        check(self.args, "task", False, "has so few questions that all are held out, or too long")
 
     def score(self, text, entry):
         """What the task's verifier gives a completion, 0 to 1: for what stands in its last <answer> </answer>, if it
@@ -252,6 +258,10 @@ class Agent(nn.Module):
         settings = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
         encoded = self.tokenizer.apply_chat_template(chats, **settings)
         return encoded["input_ids"], encoded["attention_mask"].bool()
+
+    def fits(self, question):
+        """Whether a slot can hold the prompt."""
+        return self.encode([question])[0].shape[1] <= self.args.max_prompt_tokens
 
     def decode(self, tokens, mask):
         """The texts of completions [S, L], without special tokens."""
@@ -533,12 +543,11 @@ def collect_rollout(args, agent, problems, completions, slot):
     rollout = global_rollout(args, completions.rollout[slot].item())
     n, device = args.prompts_per_rollout, device_of(args.actor_device)
     torch.manual_seed(int(np.random.default_rng((args.seed, rollout, 1)).integers(2**63)))
-    entries = [problems[number] for number in range(rollout * n, (rollout + 1) * n) for _ in range(args.group_size)]
+    entries = [problems.find(number, agent.fits) for number in range(rollout * n, (rollout + 1) * n)]
+    entries = [entry for entry in entries for _ in range(args.group_size)]
     prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
     tokens, logprobs, mask = agent.generate(prompts.to(device), prompt_mask.to(device))
     P, L = prompts.shape[1], tokens.shape[1]
-    if args.max_prompt_tokens < P:
-        raise ValueError(f"a prompt has {P} tokens: type --max-prompt-tokens {P}, or more")
     completions.prompt_mask[slot], completions.mask[slot] = False, False
     completions.prompts[slot, :, -P:], completions.prompt_mask[slot, :, -P:] = prompts, prompt_mask
     completions.tokens[slot, :, :L], completions.logprobs[slot, :, :L] = tokens, logprobs
@@ -1078,8 +1087,9 @@ def load_language_model(args, problems):
     # The format of a base model, which has none
     plain = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
     tokenizer.chat_template = tokenizer.chat_template or plain
-    stops = np.atleast_1d(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
-    settings = {"eos_token_id": sorted({*stops, tokenizer.eos_token_id}), "pad_token_id": tokenizer.pad_token_id}
+    stops = {*np.atleast_1d(model.generation_config.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+    check(args, flag, stops and tokenizer.pad_token, "its tokenizer has no end-of-text token, or nothing to pad with")
+    settings = {"eos_token_id": sorted(stops), "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = transformers.GenerationConfig(**settings)  # and none of its own rules for sampling
     return model, tokenizer
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import REPOSITORY, read_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -304,6 +305,7 @@ def test_verifier_on_known_answers():
     decimal = {"question": "", "answer": "12.0", "metadata": {}}
     thousands = {"question": "", "answer": "1,250", "metadata": {}}
     bits = {"question": "", "answer": "0110", "metadata": {}}
+    problems.verify = lambda answer, entry: answer == entry["answer"]
     for text, expected, score in (
         ("It is 12.0", decimal, 1),
         ("12", decimal, 1),
@@ -313,10 +315,9 @@ def test_verifier_on_known_answers():
         ("<answer>1,250</answer>", thousands, 1),
         ("1,25", thousands, 0),
         ("0110", bits, 1),
+        ("110", bits, 0),  # digits, not a number
     ):
         assert problems.score(text, expected) == score, (text, expected)
-    problems.verify = lambda answer, entry: answer == entry["answer"]
-    assert problems.score("110", bits) == 0  # digits, not a number: the verifier's alone
     words = Problems(Args(task="letter_counting", eval_size=3))
     assert words.score(words.test[0]["answer"], words.test[0]) == 1
     factors = Problems(Args(task="prime_factorization", eval_size=3))  # its verifier raises on words
@@ -570,6 +571,58 @@ def test_a_task_with_few_questions_holds_a_quarter_of_them_out():
     with pytest.raises(UsageError, match="--task chain_sum: has so few questions that all are held out"):
         problems.held_out = lambda question: True
         problems[0]
+
+
+def test_each_problem_is_made_once(monkeypatch):
+    """Some of them take long: none for the test beyond the last that is needed, one for each group of a rollout."""
+    made = []
+
+    def counted(self, number, make=type(Problems(SMALL).train).__getitem__):
+        made.append(number)
+        return make(self, number)
+
+    problems, agent = make_agent(SMALL)
+    monkeypatch.setattr(type(problems.train), "__getitem__", counted)
+    questions = {entry["question"] for entry in problems.test}
+    needed, made[:] = made[:], []
+    assert len(questions) == SMALL.eval_size and needed == [*range(len(needed))]
+    assert vaco_async_llm.make_problems(SMALL, 2**30)[needed[-1]]["question"] in questions
+    made.clear()
+    collected(agent, problems, SMALL)
+    assert len(made) == len(set(made)) and set(range(SMALL.prompts_per_rollout)) <= set(made)
+
+
+def test_training_problems_that_are_too_long_are_passed_over():
+    problems, agent = make_agent(SMALL)
+    lengths = agent.encode([problems[number]["question"] for number in range(6)])[1].sum(1)
+    assert lengths.min() < lengths.max()
+    agent.args = replace(SMALL, max_prompt_tokens=lengths.max().item() - 1)
+    batch = collected(agent, problems, agent.args)
+    kept = lengths < lengths.max()
+    assert torch.equal(batch.prompt_mask.sum(1)[::4][kept], lengths[kept])
+    assert batch.prompt_mask.sum(1).max() < lengths.max()
+
+
+def test_a_tokenizer_without_an_end_is_named(gpt2_model):
+    """Unless the model says with what completions end, and there is something to pad with."""
+    words = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}
+    Path("model").mkdir()
+    for settings in ({}, {"pad_token": "c"}):
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps({"model": words, "added_tokens": []})), **settings
+        )
+        tokenizer.save_pretrained("model")
+        config = transformers.GPT2Config(vocab_size=3, n_embd=4, n_layer=1, n_head=1, bos_token_id=None)
+        for eos in (None, 0):
+            config.eos_token_id = eos
+            transformers.GPT2LMHeadModel(config).save_pretrained("model")
+            args = replace(SMALL, model="model")
+            if settings and eos == 0:
+                model, _ = load_language_model(args, None)
+                assert model.generation_config.eos_token_id == [0]
+            else:
+                with pytest.raises(UsageError, match="^--model model: its tokenizer has no"):
+                    load_language_model(args, None)
 
 
 BAD = [
