@@ -497,9 +497,7 @@ def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts
     """
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
-    # Leave with the learner, however it ends, also from the middle of a rollout
-    learner_ends = [mp.parent_process().sentinel]
-    threading.Thread(target=lambda: wait(learner_ends) and os._exit(1), daemon=True).start()
+    leave_with_parent()
     time.sleep(pause)
     warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
     try:
@@ -569,7 +567,7 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     make_agent, make_envs = build(args)
     obs_size, action_size, atari, *_ = make_agent.args
@@ -715,13 +713,13 @@ def train(args):
                 last_returns.extend(float(episode_return) for episode_return, _ in episodes)
             for name, value in scalars.items() if RANK == 0 else ():
                 writer.add_scalar(name, value, global_step)
-            recent = f"return {np.mean(last_returns):.1f}" if last_returns else "no return yet"
+            recent = recent_return(last_returns)
             lag, tv, kl = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "losses/approx_kl"))
             status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, KL {kl:.4f}"
             progress.set_postfix_str(status, refresh=False)
             progress.update(min(global_step, args.total_timesteps) - progress.n)
-            sps = f"{scalars['charts/SPS']:.0f} SPS"
             if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
+                sps = f"{scalars['charts/SPS']:.0f} SPS"
                 print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
                 next_line = now + 5
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
@@ -738,7 +736,8 @@ def train(args):
             tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
         raise actors.end or RunError(f"another learner has ended the run, at step {global_step}")
     summary = (
-        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, {sps}, {recent}, mean of "
+        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, "
+        f"{global_step / seconds['total']:.0f} SPS, {recent_return(last_returns)}, mean of "
         f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
         f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
     )
@@ -750,7 +749,7 @@ def train(args):
         model = f"{folder}/{args.exp_name}.cleanrl_model"
         save_model(model, args, agent)
         print(f"model saved to {model}", flush=True)
-        results = evaluate(replace(args, evaluate=model, resume=""))
+        results = evaluate(replace(args, evaluate=model, resume="", track=False, save_model=False))
         with contextlib.closing(SummaryWriter(folder)) as writer:
             for name, returns in results.items():
                 writer.add_scalar(f"eval/{name}_return", np.mean(returns), global_step)
@@ -954,8 +953,10 @@ def tell(text):
 
 def check(args, name, holds, advice):
     """Raise UsageError about the flag `name` unless `holds`."""
+    value = getattr(args, name)
+    typed = f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
     if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+        raise UsageError(f"{typed}: {advice}")
 
 
 def validate(args):
@@ -979,12 +980,15 @@ def validate(args):
     gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
     check(args, "cuda", not gpus or gpus >= here, advice)
+    advice = f"must be more than the --actor-timeout of {args.actor_timeout:g}, so that stuck actors are replaced first"
+    check(args, "learner_timeout", WORLD_SIZE == 1 or args.learner_timeout > args.actor_timeout, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
         found = not getattr(args, name) or importlib.util.find_spec(package)
         check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
-    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
+    advice = "an evaluation neither goes on with a run nor makes one: leave out --resume, --track and --save-model"
+    check(args, "evaluate", not args.evaluate or not (args.resume or args.track or args.save_model), advice)
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     sequences = args.rollouts_per_batch * args.num_envs
@@ -1001,8 +1005,9 @@ def validate(args):
     import_environment(args)
     if continuous_sizes(args.env_id) is None and not atari:
         closest = closest_tasks(args.env_id, lambda task: continuous_sizes(task) or atari_actions(task))
-        advice = "no Atari game, nor a task (of envpool or gymnasium) with a floating-point Box action space; closest: "
-        check(args, "env_id", False, advice + ", ".join(closest))
+        advice = "no Atari game, nor a task (of envpool or gymnasium) with a floating-point Box action space (one of "
+        advice += f"your own: my_module:{args.env_id}); closest: {', '.join(closest)}"
+        check(args, "env_id", False, advice)
 
 
 def import_environment(args):
@@ -1058,6 +1063,12 @@ def atari_actions(env_id):
     return int(spec.action_space.n) if hasattr(spec.config, "full_action_space") else None
 
 
+def leave_with_parent():
+    """Let this process end with the one that started it, however that ends, also from the middle of a rollout."""
+    parent_ends = [mp.parent_process().sentinel]
+    threading.Thread(target=lambda: wait(parent_ends) and os._exit(1), daemon=True).start()
+
+
 def connect(args):
     """Join the other learners, where torchrun has started several. Raises RunError if one does not come."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -1066,17 +1077,39 @@ def connect(args):
         gpus = args.cuda and torch.cuda.is_available()
         if gpus:
             torch.cuda.set_device(LOCAL_RANK)
-        with exchange():
+        try:
             store = job_store(args)
             # Learners that were started again must not find the addresses of those before
-            store = dist.PrefixStore(f"attempt {store.add(f'attempts of {RANK}', 1)}", store)
+            store = dist.PrefixStore(f"attempt {this_attempt(store, args.learner_timeout)}", store)
             timeout = timedelta(seconds=args.learner_timeout)
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", None, timeout, WORLD_SIZE, RANK, store)
+        except (RuntimeError, ValueError) as error:
+            reason = f"{error}".partition("\n")[0][:300]
+            raise RunError(f"cannot join the learners, or one has not come in --learner-timeout ({reason})") from None
 
 
 def job_store(args):
     """What all learners share, also with those before them that torchrun has started again."""
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=args.learner_timeout)))[0]
+
+
+def this_attempt(store, timeout):
+    """A number that the learners now running share, and none before them: a learner may have died before it came here,
+    so they cannot count for themselves. The first one counts, and confirms whom it has met. Raises RuntimeError."""
+    if RANK == 0:
+        attempt = store.add("attempts", 1)
+        here = [store.get(f"learner {rank} of attempt {attempt}").decode() for rank in range(1, WORLD_SIZE)]
+        store.set(f"learners of attempt {attempt}", "|".join(here))
+        return attempt
+    me, deadline = f"{os.uname().nodename} {os.getpid()} {time.time_ns()}", time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        attempt = store.add("attempts", 0)
+        store.set(f"learner {RANK} of attempt {attempt}", me)
+        met = f"learners of attempt {attempt}"
+        if store.check([met]) and me in store.get(met).decode().split("|"):
+            return attempt
+        time.sleep(0.1)
+    raise RuntimeError("the first learner has not come")
 
 
 def run_folder(args, subject):
@@ -1168,6 +1201,11 @@ def update_statistics(statistics, parts):
         statistics.update_from_moments(*moment)
 
 
+def recent_return(returns):
+    """What the progress shows of the last episodes' returns."""
+    return f"return {np.mean(returns):.1f}" if returns else "no return yet"
+
+
 def check_finite(place, values, folder):
     """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
     broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
@@ -1254,15 +1292,17 @@ def restore(state, agent, optimizer, store, statistics):
 def check_resume(args, state):
     """Raise UsageError if a run cannot go on with these flags: those that are not on the use of the machine must be the
     checkpoint's."""
-    advice = f"the checkpoint is at step {state['global_step']}; type a larger number"
-    check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
+    if args.resume:  # torchrun starts complete runs again, too, if a learner dies at the very end
+        advice = f"the checkpoint is at step {state['global_step']}; type a larger number"
+        check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
     free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
     free |= {"track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
     free |= {"learner_timeout"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
-        check(args, name, name in free or getattr(args, name) == before, advice)
+        same = same_task(args.env_id, before) if name == "env_id" else getattr(args, name) == before
+        check(args, name, same or name in free, advice)
 
 
 def keep_freed_memory():
@@ -1272,6 +1312,16 @@ def keep_freed_memory():
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; 32 MiB is most to older ones
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def same_task(env_id, other):
+    """Whether two ids mean one environment: "module:" before one only says who registers it."""
+    return env_id.rpartition(":")[2] == other.rpartition(":")[2]
+
+
+def device_of(name):
+    """The device that `cpu` or `cuda` means for this learner and its actors."""
+    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
 
 
 def build(args):
@@ -1292,8 +1342,8 @@ def start_tracking(args, folder):
     try:
         return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     except wandb.Error as error:
-        text = " ".join(str(error).split())
-        raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
+        text = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"--track: {text}; type WANDB_MODE=offline before the command to do without") from None
 
 
 def save_model(path, args, agent):
@@ -1334,6 +1384,8 @@ def film(agent, make_envs, path):
     """Film one episode to `path`, in a process of its own: MuJoCo ends the one in which it cannot render."""
     import imageio_ffmpeg
 
+    leave_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # `evaluate` ends this process
     try:
         envs = make_envs(render_mode="rgb_array")
         height, width, _ = envs.envs.render()[0].shape
@@ -1354,7 +1406,8 @@ def evaluate(args):
     validate(args)
     warnings.filterwarnings("ignore", message=".*precision lowered")
     saved, weights = load_model(args.evaluate)
-    check(args, "env_id", args.env_id == saved.env_id, f"the model has learnt {saved.env_id}: type that")
+    advice = f"the model has learnt {saved.env_id}: type that"
+    check(args, "env_id", same_task(args.env_id, saved.env_id), advice)
     make_agent, make_envs = build(args)
     agent = make_agent()
     agent.load_state_dict(weights)
@@ -1372,16 +1425,20 @@ def evaluate(args):
         name = os.path.join(args.evaluate, "checkpoint") if os.path.isdir(args.evaluate) else args.evaluate
         path = f"{os.path.splitext(name)[0]}.mp4"
         process = mp.get_context("spawn").Process(target=film, args=(agent, partial(make_envs, 1, seed), path))
+        print(f"filming one episode: {path}; where no GPU renders, a long one takes minutes", flush=True)
         preloaded = os.environ.get("LD_PRELOAD", "")  # MuJoCo looks for libEGL by a name that envpool's copy has not
         os.environ["LD_PRELOAD"] = f"{ctypes.util.find_library('EGL') or ''} {preloaded}"
         process.start()
         os.environ["LD_PRELOAD"] = preloaded
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()
+            with contextlib.suppress(OSError):
+                os.remove(f"{path}.part.mp4")  # what there is of a film that was not finished
         if process.exitcode:
             needed = "; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri" if args.env_id in envpool.list_all_envs() else ""
             tell(f"no video: {args.env_id} cannot be rendered here{needed}")
-            with contextlib.suppress(OSError):
-                os.remove(f"{path}.part.mp4")  # what there is of it
     return results
 
 
@@ -1402,7 +1459,8 @@ def typed_flags():
             print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
-        raise UsageError(re.sub(r"([\s─│╭╮╰╯]|-{4,})+", " ", text).strip()) from None
+        text = re.sub(r"[\s│╰╯]*(─|-){4,}[\s│╰╯]*", "; ", text)  # rules between parts
+        raise UsageError(re.sub(r"[\s│]+", " ", text).strip(" ;")) from None
 
 
 def helpful(text):
@@ -1410,7 +1468,8 @@ def helpful(text):
     for name, heading in HEADINGS.items():
         flag = f"\n  --{name.replace('_', '-')}"
         text = text.replace(flag, f"\n\n {heading}{flag}", 1)
-    return "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE)) + "\n" + text
+    examples = "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE))
+    return f"{__doc__.splitlines()[0]}\n\nExamples:\n{examples}\n{text}"
 
 
 if __name__ == "__main__":

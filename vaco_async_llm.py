@@ -515,9 +515,7 @@ def generation_actor(args, index, generation, pause, make_agent, make_problems, 
     """
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
-    # Leave with the learner, however it ends, also from the middle of a rollout
-    learner_ends = [mp.parent_process().sentinel]
-    threading.Thread(target=lambda: wait(learner_ends) and os._exit(1), daemon=True).start()
+    leave_with_parent()
     time.sleep(pause)
     try:
         agent, problems = make_agent().to(device_of(args.actor_device)), make_problems()
@@ -975,8 +973,10 @@ def tell(text):
 
 def check(args, name, holds, advice):
     """Raise UsageError about the flag `name` unless `holds`."""
+    value = getattr(args, name)
+    typed = f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
     if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
+        raise UsageError(f"{typed}: {advice}")
 
 
 def validate(args):
@@ -996,6 +996,8 @@ def validate(args):
     gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
     check(args, "cuda", not gpus or gpus >= here, advice)
+    advice = f"must be more than the --actor-timeout of {args.actor_timeout:g}, so that stuck actors are replaced first"
+    check(args, "learner_timeout", WORLD_SIZE == 1 or args.learner_timeout > args.actor_timeout, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
@@ -1140,6 +1142,12 @@ def load_gsm8k(args):
     return splits[0], splits[1][: args.eval_size]
 
 
+def leave_with_parent():
+    """Let this process end with the one that started it, however that ends, also from the middle of a rollout."""
+    parent_ends = [mp.parent_process().sentinel]
+    threading.Thread(target=lambda: wait(parent_ends) and os._exit(1), daemon=True).start()
+
+
 def connect(args):
     """Join the other learners, where torchrun has started several. Raises RunError if one does not come."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -1148,17 +1156,39 @@ def connect(args):
         gpus = args.cuda and torch.cuda.is_available()
         if gpus:
             torch.cuda.set_device(LOCAL_RANK)
-        with exchange():
+        try:
             store = job_store(args)
             # Learners that were started again must not find the addresses of those before
-            store = dist.PrefixStore(f"attempt {store.add(f'attempts of {RANK}', 1)}", store)
+            store = dist.PrefixStore(f"attempt {this_attempt(store, args.learner_timeout)}", store)
             timeout = timedelta(seconds=args.learner_timeout)
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", None, timeout, WORLD_SIZE, RANK, store)
+        except (RuntimeError, ValueError) as error:
+            reason = f"{error}".partition("\n")[0][:300]
+            raise RunError(f"cannot join the learners, or one has not come in --learner-timeout ({reason})") from None
 
 
 def job_store(args):
     """What all learners share, also with those before them that torchrun has started again."""
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=args.learner_timeout)))[0]
+
+
+def this_attempt(store, timeout):
+    """A number that the learners now running share, and none before them: a learner may have died before it came here,
+    so they cannot count for themselves. The first one counts, and confirms whom it has met. Raises RuntimeError."""
+    if RANK == 0:
+        attempt = store.add("attempts", 1)
+        here = [store.get(f"learner {rank} of attempt {attempt}").decode() for rank in range(1, WORLD_SIZE)]
+        store.set(f"learners of attempt {attempt}", "|".join(here))
+        return attempt
+    me, deadline = f"{os.uname().nodename} {os.getpid()} {time.time_ns()}", time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        attempt = store.add("attempts", 0)
+        store.set(f"learner {RANK} of attempt {attempt}", me)
+        met = f"learners of attempt {attempt}"
+        if store.check([met]) and me in store.get(met).decode().split("|"):
+            return attempt
+        time.sleep(0.1)
+    raise RuntimeError("the first learner has not come")
 
 
 def run_folder(args, subject):
@@ -1334,8 +1364,9 @@ def restore(state, agent, optimizer, store, statistics):
 def check_resumed_batches(args, state):
     """Raise UsageError if a run cannot go on with these flags: those that are not on the use of the machine must be the
     checkpoint's."""
-    advice = f"the checkpoint is at batch {state['version']}; type a larger number"
-    check(args, "total_batches", args.total_batches > state["version"], advice)
+    if args.resume:  # torchrun starts complete runs again, too, if a learner dies at the very end
+        advice = f"the checkpoint is at batch {state['version']}; type a larger number"
+        check(args, "total_batches", args.total_batches > state["version"], advice)
     free = {"total_batches", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
     free |= {"cuda", "torch_deterministic", "actor_nice", "actor_device", "learner_threads", "save_model"}
     free |= {"learner_timeout", "track", "wandb_project_name", "wandb_entity"}
@@ -1353,8 +1384,8 @@ def start_tracking(args, folder):
     try:
         return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     except wandb.Error as error:
-        text = " ".join(str(error).split())
-        raise UsageError(f"--track True: {text}; type WANDB_MODE=offline before the command to do without") from None
+        text = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"--track: {text}; type WANDB_MODE=offline before the command to do without") from None
 
 
 def saved_flags(path):
@@ -1410,7 +1441,8 @@ def parsed_flags():
             print(helpful(out.getvalue()))
             raise
         text = box.getvalue().partition("\n")[2]  # without the title
-        raise UsageError(re.sub(r"([\s─│╭╮╰╯]|-{4,})+", " ", text).strip()) from None
+        text = re.sub(r"[\s│╰╯]*(─|-){4,}[\s│╰╯]*", "; ", text)  # rules between parts
+        raise UsageError(re.sub(r"[\s│]+", " ", text).strip(" ;")) from None
 
 
 def helpful(text):
@@ -1418,7 +1450,8 @@ def helpful(text):
     for name, heading in HEADINGS.items():
         flag = f"\n  --{name.replace('_', '-')}"
         text = text.replace(flag, f"\n\n {heading}{flag}", 1)
-    return "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE)) + "\n" + text
+    examples = "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE))
+    return f"{__doc__.splitlines()[0]}\n\nExamples:\n{examples}\n{text}"
 
 
 if __name__ == "__main__":

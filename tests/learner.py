@@ -36,6 +36,7 @@ DEEDS = {
     "stop": stop,
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
+AT_FIRST, AT_LAST = "kill at first", "kill at last"  # before `train` and after it; the other deeds, at version 4
 
 
 class AsByLearners:
@@ -67,13 +68,17 @@ def main():
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not first and script.RANK == 0:
         time.sleep(4)  # so that the other one comes first, and could find what those before have left
+    deed = options.get("deed") if script.RANK == 1 and first else None
+    if deed == AT_FIRST:
+        time.sleep(5)  # the other one waits for this one by now
+        DEEDS["kill"]()
     publish = script.PolicyStore.publish
 
     def recorded_publish(self, agent, version):
         published.append({name: tensor.clone() for name, tensor in agent.state_dict().items()})
         publish(self, agent, version)
-        if options.get("deed") and version == 4 and script.RANK == 1 and first:
-            DEEDS[options["deed"]]()
+        if deed in DEEDS and version == 4:
+            DEEDS[deed]()
 
     script.PolicyStore.publish = recorded_publish
     if options.get("in_order"):
@@ -85,6 +90,9 @@ def main():
         sys.exit(1)
     finally:
         torch.save(published, f"learner{script.RANK}.pt")
+        torch.save(torch.get_rng_state(), f"rng{script.RANK}.pt")
+    if deed == AT_LAST:
+        DEEDS["kill"]()
 
 
 if __name__ == "__main__":

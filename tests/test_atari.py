@@ -272,7 +272,7 @@ def test_actor_device_is_the_actors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # only to get past `validate`
     monkeypatch.setattr(vaco_async_atari.Actors, "start", refuse)
-    with pytest.raises(InterruptedError, match=r"start with \(4, False, 'cuda:0'\)"):
+    with pytest.raises(InterruptedError, match=r"start with \(4, False, device\(type='cuda', index=0\)\)"):
         train(replace(SMALL, actor_device="cuda", cuda=False))
 
 

@@ -72,7 +72,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises(UsageError) as caught:
             validate(Args(compile=True))
-        assert str(caught.value) == f"--compile True: needs {compiler}; type --no-compile"
+        assert str(caught.value) == f"--compile: needs {compiler}; type --no-compile"
     validate(Args())
 
 

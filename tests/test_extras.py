@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, read_curves
+from conftest import REPOSITORY, processes_of_session, read_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vaco_async_atari
@@ -258,6 +259,79 @@ def test_mujoco_is_filmed_without_a_display(capfd):
     assert f"episode, return {length:.1f}: model.mp4" in capfd.readouterr().out and os.environ["LD_PRELOAD"] == before
 
 
+RENDERED = """
+import time
+import gymnasium as gym
+import numpy as np
+
+class Gray(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+
+    def __init__(self, render_mode=None, pause=0):
+        self.pause = pause
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, dtype=np.float32), 1.0, False, False, {}
+
+    def render(self):
+        time.sleep(self.pause)
+        return np.full((64, 96, 3), 128, dtype=np.uint8)
+
+gym.register("Gray-v0", Gray, max_episode_steps=12)
+gym.register("Slow-v0", Gray, max_episode_steps=1000, kwargs={"pause": 0.5})
+"""
+
+
+def rendered_model(env_id, monkeypatch):
+    """A model of an environment that renders; returns the flags that film it."""
+    pytest.importorskip("imageio_ffmpeg")
+    Path("rendered.py").write_text(RENDERED)
+    monkeypatch.syspath_prepend(os.getcwd())
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    args = Args(env_id=f"rendered:{env_id}", evaluate="model", eval_episodes=1, capture_video=True)
+    vaco_async_mujoco.save_model("model", args, vaco_async_mujoco.build(args)[0]())
+    return args
+
+
+def test_an_environment_of_gymnasium_that_renders_is_filmed(monkeypatch):
+    assert evaluate(rendered_model("Gray-v0", monkeypatch))["sampled"] == [12.0]
+    assert size_and_frames("model.mp4") == ((96, 64), 12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_filming_ends_with_the_evaluation(number, monkeypatch):
+    rendered_model("Slow-v0", monkeypatch)
+    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", "--evaluate", "model", "--capture-video"]
+    process = subprocess.Popen([*command, "--eval-episodes", "1"], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not os.path.exists("model.mp4.part.mp4"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    while processes_of_session(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert number == signal.SIGKILL or not list(Path().glob("*.part.mp4"))
+
+
+def test_an_id_without_its_module_means_the_same_environment(own_env):
+    """As a program that registers the environment itself and trains on Reach-v0 has saved it."""
+    args = Args(env_id="Reach-v0", **SMALL)
+    agent = vaco_async_mujoco.build(replace(args, env_id=own_env))[0]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vaco_async_mujoco, "build", lambda _: (partial(vaco_async_mujoco.Agent, 4, 2), None))
+        vaco_async_mujoco.save_model("model", args, agent)
+    assert len(evaluate(Args(env_id=own_env, evaluate="model", eval_episodes=1))["sampled"]) == 1
+    vaco_async_mujoco.check_resume(replace(args, env_id=own_env), {"args": args, "global_step": 1})
+    with pytest.raises(UsageError, match=r"^--env-id other:Reach-v1: the checkpoint's is Reach-v0"):
+        vaco_async_mujoco.check_resume(replace(args, env_id="other:Reach-v1"), {"args": args, "global_step": 1})
+
+
 def test_atari_is_filmed_in_colour_at_full_resolution():
     pytest.importorskip("imageio_ffmpeg")
     args, seen = vaco_async_atari.Args(env_id="Pong-v5"), []
@@ -294,7 +368,9 @@ def test_help_is_at_most_100_columns_with_examples_and_headings(script, monkeypa
         (module.parsed_flags if script == "vaco_async_llm" else module.typed_flags)()
     lines = capsys.readouterr().out.splitlines()
     assert caught.value.code == 0 and max(map(len, lines)) <= 100
-    assert len([line for line in lines if line.startswith(f"    python {script}.py")]) == lines.index("") >= 4
+    assert lines[0] == module.__doc__.splitlines()[0] and lines[2] == "Examples:"
+    assert all(line.startswith(f"    python {script}.py") for line in lines[3 : lines.index("", 3)])
+    assert lines.index("", 3) >= 3 + 4
     places = [lines.index(f" {heading}") for heading in module.HEADINGS.values()]
     assert len(places) >= 7 and places == sorted(places)
     for name, place in zip(module.HEADINGS, places, strict=True):
@@ -316,13 +392,18 @@ def test_tensorboard_shows_curves_side_by_side_that_there_are(script):
     assert set(curves) - {"charts/episodic_return"} <= set(events.Tags()["scalars"])
 
 
-def test_a_run_is_tracked_offline(monkeypatch):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_is_tracked_offline(script, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(Args(env_id="InvertedPendulum-v4", total_timesteps=200, track=True, wandb_project_name="lag", **SMALL))
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "evaluate", lambda args: {"sampled": [1.0]})  # a game of Freeway takes minutes
+    env_id = "Freeway-v5" if script == "vaco_async_atari" else "InvertedPendulum-v4"
+    flags = {"env_id": env_id, "total_timesteps": 200, "track": True, "wandb_project_name": "lag", "save_model": True}
+    module.train(module.Args(**flags | SMALL))
     (record,) = Path("wandb").glob("offline-run-*/*.wandb")
     (run,) = Path("runs").iterdir()
-    texts, deadline = (b"lag/tv_total", b"charts/episodic_return", run.name.encode()), time.monotonic() + 60
+    texts, deadline = (b"lag/tv_total", b"eval/sampled_return", run.name.encode()), time.monotonic() + 60
     while missing := [text for text in texts if text not in record.read_bytes()]:  # written in the background
         assert time.monotonic() < deadline, missing
         time.sleep(0.2)
@@ -330,7 +411,31 @@ def test_a_run_is_tracked_offline(monkeypatch):
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"^--track True: type pip install wandb, or leave"):
+    with pytest.raises(UsageError, match=r"^--track: type pip install wandb, or leave"):
         train(Args(track=True))
-    with pytest.raises(UsageError, match=r"^--capture-video True: type pip install imageio-ffmpeg, or leave"):
+    with pytest.raises(UsageError, match=r"^--capture-video: type pip install imageio-ffmpeg, or leave"):
         train(Args(capture_video=True))
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "vaco_async_llm"])
+def test_what_few_use_is_imported_only_then(script):
+    few = ["wandb", "imageio_ffmpeg", "datasets"]
+    code = f"import sys, {script}; print([name for name in {few} if name in sys.modules])"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_run_that_is_to_be_filmed_saves_evaluates_and_films(monkeypatch):
+    seen = []
+    monkeypatch.setattr(vaco_async_mujoco, "evaluate", lambda args: seen.append(args) or {"sampled": [1.0, 3.0]})
+    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: True)
+    train(Args(env_id="InvertedPendulum-v4", total_timesteps=60, capture_video=True, **SMALL))
+    (args,) = seen
+    assert args.capture_video and args.evaluate == saved_model() and not (args.track or args.save_model or args.resume)
+    assert read_curves(".")["eval/sampled_return"] == [2.0]
+
+
+def test_an_evaluation_with_flags_that_it_would_leave_out_is_refused():
+    for flags in ({"track": True}, {"save_model": True}, {"resume": "runs/1"}):
+        with pytest.raises(UsageError, match=r"^--evaluate model: .* leave out --resume, --track and --save-model"):
+            vaco_async_mujoco.validate(Args(evaluate="model", **flags))

@@ -29,6 +29,7 @@ SMALL = {
     "lag_schedule": "mixture",
     "lag": 2,
     "learner_timeout": 60,
+    "actor_timeout": 8,
     "total_timesteps": 600,
 }
 
@@ -47,7 +48,10 @@ def start(command, script, options, **changes):
 
 
 def finished(process, code=0):
-    output = process.communicate(timeout=240)[0]
+    try:
+        output = process.communicate(timeout=240)[0]
+    finally:
+        process.kill()  # nothing, if it has ended; the learners leave with it
     assert process.returncode == code, output
     return output
 
@@ -186,13 +190,41 @@ def test_a_killed_learner_comes_back_from_the_last_checkpoint():
     assert_all_gone()
 
 
+def test_a_learner_that_died_before_it_joined_comes_back():
+    output = finished(torchrun("vaco_async_mujoco", {"deed": "kill at first"}, flags=["--max-restarts=1"]))
+    assert "steps in" in output
+    assert len(assert_equal_learners()) == 1 + 5
+    assert_all_gone()
+
+
+def test_a_complete_run_that_torchrun_starts_again_ends_at_once():
+    output = finished(torchrun("vaco_async_mujoco", {"deed": "kill at last"}, flags=["--max-restarts=1"]))
+    assert "going on from runs/" in output and output.count("steps in") == 2
+    steps = read_curves(".", "step")["losses/policy_loss"]  # of the only run
+    assert steps == sorted(set(steps))
+    assert len(published(0)) == 1  # nothing was trained again, so the random numbers are where the checkpoint had them
+    (run,) = Path("runs").iterdir()
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["rng"]
+    assert len(saved) == 2 and not torch.equal(*saved)
+    assert all(torch.equal(torch.load(f"rng{rank}.pt", weights_only=True), saved[rank]) for rank in range(2))
+    assert_all_gone()
+
+
+def test_each_learner_of_a_host_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(impala_baseline, "RANK", 5)
+    monkeypatch.setattr(impala_baseline, "LOCAL_RANK", 1)
+    assert impala_baseline.device_of("cuda") == torch.device("cuda:1")
+    assert impala_baseline.device_of("cpu") == torch.device("cpu")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_torchrun_save_and_end_all_learners(number):
-    process = torchrun("impala_baseline", checkpoint_interval=1, total_timesteps=10**6)
+    flags = ["--max-restarts=1"]  # which a signal to torchrun does not use up
+    process = torchrun("impala_baseline", flags=flags, checkpoint_interval=1, total_timesteps=10**6)
     wait_for(lambda: list(Path().glob("runs/*/checkpoint.pt")), process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and "--resume runs/" in output
+    assert process.returncode != 0 and "--resume runs/" in output and "started again" not in output
     assert_all_gone()
     assert_equal_learners()
     (run,) = Path("runs").iterdir()
@@ -225,6 +257,18 @@ def test_no_learner_outlives_torchrun():
     wait_for(lambda: list(Path().glob("runs/*/checkpoint.pt")), process)
     process.kill()
     assert_all_gone()
+
+
+def test_the_script_itself_runs_and_resumes_under_torchrun():
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "total_timesteps"]
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(REPOSITORY / "vaco_async_mujoco.py")]
+    for more in ([*flags, "--total-timesteps=300"], ["--total-timesteps=600", "--resume"]):
+        if more[-1] == "--resume":
+            more.append(str(next(Path("runs").iterdir())))
+        process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert finished(process).count("steps in") == 1
+    steps = read_curves(".", "step")["losses/policy_loss"]
+    assert steps == sorted(set(steps)) and steps[-1] >= 600
 
 
 def test_wrong_flags_are_one_line_for_all_learners():
@@ -301,8 +345,10 @@ def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, 
         link("up")
         wait_for(lambda: step() > before + 1000, processes[0])
         link("down")
+        cut = time.monotonic()
         wait_for(lambda: len(list(Path().glob("learner?.pt"))) == 2, processes[0])
-        link("up")
+        assert time.monotonic() - cut < 15 + 30  # --learner-timeout, and what a busy machine may take to end a batch
+        link("up")  # torchrun itself would wait on for the other host
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
