@@ -75,7 +75,8 @@ NUM_PROBLEMS = 2**20  # of a procedural task, for training; then they come again
 # Tasks whose verifiers run completions as code of Python or sympy: they get nothing but plain expressions and lists
 EVALUATING = {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"}
 EVALUATING |= {"puzzle24", "simple_integration", "spiral_matrix", "string_insertion"}
-FUNCTIONS = set("sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log sqrt Abs Integral".split())  # in them
+FUNCTIONS = {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}  # that expressions may call
+FUNCTIONS |= {"exp", "log", "sqrt", "Abs", "Integral"}
 
 
 @dataclass

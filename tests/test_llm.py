@@ -577,11 +577,13 @@ def test_each_problem_is_made_once(monkeypatch):
     """Some of them take long: none for the test beyond the last that is needed, one for each group of a rollout."""
     made = []
 
-    def counted(self, number, make=type(Problems(SMALL).train).__getitem__):
+    problems, agent = make_agent(SMALL)
+    make = type(problems.train).__getitem__
+
+    def counted(self, number):
         made.append(number)
         return make(self, number)
 
-    problems, agent = make_agent(SMALL)
     monkeypatch.setattr(type(problems.train), "__getitem__", counted)
     questions = {entry["question"] for entry in problems.test}
     needed, made[:] = made[:], []
@@ -603,7 +605,61 @@ def test_training_problems_that_are_too_long_are_passed_over():
     assert batch.prompt_mask.sum(1).max() < lengths.max()
 
 
-def test_a_tokenizer_without_an_end_is_named(gpt2_model):
+def test_a_gguf_file_is_loaded_as_the_model_and_tokenizer_that_it_was_made_of():
+    """Written as llama.cpp does: rows of queries and keys in its order, embeddings in 8 bits."""
+    gguf = pytest.importorskip("gguf", **needed)
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=258, max_position_embeddings=128, tie_word_embeddings=True, **settings)
+    model = transformers.LlamaForCausalLM(config)
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    eight_bits = gguf.quants.quantize(weights["model.embed_tokens.weight"], gguf.GGMLQuantizationType.Q8_0)
+    with torch.no_grad():
+        rounded = gguf.quants.dequantize(eight_bits, gguf.GGMLQuantizationType.Q8_0)
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(rounded))
+
+    writer = gguf.GGUFWriter("model.gguf", "llama")
+    writer.add_name("of one layer")
+    for name, value in {"context_length": 128, "embedding_length": 32, "block_count": 1, "head_count": 2}.items():
+        getattr(writer, f"add_{name}")(value)
+    for name, value in {"feed_forward_length": 64, "head_count_kv": 2, "layer_norm_rms_eps": 1e-6}.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # a token for each byte
+    writer.add_token_list([*tokens, "12", "<end>"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(["1 2"])
+    writer.add_eos_token_id(257)
+    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
+    names |= {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"}
+    names |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+    for name, other in names.items():
+        weight = weights[f"model.layers.0.{name}.weight"]
+        if name[-6:] in ("q_proj", "k_proj"):
+            weight = weight.reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
+        writer.add_tensor(f"blk.0.{other}.weight", np.ascontiguousarray(weight))
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"])
+    writer.add_tensor("token_embd.weight", eight_bits, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+
+    _, agent = make_agent(replace(SMALL, model="model.gguf"))
+    prompts, prompt_mask = agent.encode(["3 + 12"])
+    assert prompts.tolist() == [[*map(tokens.index, "3\u0120+\u0120"), 256, tokens.index("\u010a")]]
+    generated, _, _ = agent.generate(prompts, prompt_mask, sample=False)
+    assert agent.model.generation_config.eos_token_id == [257]
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=prompts).logits for m in (agent.model, model))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert generated[0, 0] == theirs[0, -1].argmax()
+
+
+def test_a_tokenizer_without_an_end_is_named():
     """Unless the model says with what completions end, and there is something to pad with."""
     words = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}
     Path("model").mkdir()
@@ -621,7 +677,7 @@ def test_a_tokenizer_without_an_end_is_named(gpt2_model):
                 model, _ = load_language_model(args, None)
                 assert model.generation_config.eos_token_id == [0]
             else:
-                with pytest.raises(UsageError, match="^--model model: its tokenizer has no"):
+                with pytest.raises(UsageError, match=r"^--model model: its tokenizer has no"):
                     load_language_model(args, None)
 
 
