@@ -30,6 +30,12 @@ class Done(Exception):
     """Time is up; the message is the result."""
 
 
+def sent():
+    """Bytes that the network devices of this machine have sent so far, loopback included."""
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.partition(":")[2].split()[8]) for line in lines)
+
+
 def alone(script, part, seconds):
     """`script.Actors` with the other side taken away, which raises Done after some seconds."""
 
@@ -45,11 +51,15 @@ def alone(script, part, seconds):
         def count(self):
             self.batches += 1
             if self.batches == WARM_UP:
-                self.begun = time.perf_counter()
+                self.begun, self.sent = time.perf_counter(), sent()
             elif self.begun and any(script.gather(time.perf_counter() - self.begun > seconds)):
-                samples = self.args.rollouts_per_batch * self.args.num_steps * self.args.num_envs * script.WORLD_SIZE
-                speed = (self.batches - WARM_UP) * samples / (time.perf_counter() - self.begun)
-                raise Done(f"{part} alone: {speed:.0f} steps/s")
+                args, batches = self.args, self.batches - WARM_UP
+                samples = args.rollouts_per_batch * args.num_steps * args.num_envs * script.WORLD_SIZE
+                result = f"{part} alone: {batches * samples / (time.perf_counter() - self.begun):.0f} steps/s"
+                if script.WORLD_SIZE > 1:
+                    steps = batches * args.update_epochs * args.num_minibatches * script.WORLD_SIZE
+                    result += f", {(sent() - self.sent) / steps:.0f} bytes sent per learner and gradient step"
+                raise Done(result)
 
         def collect(self, batch):
             if part == "actors":
