@@ -7,8 +7,9 @@ A run that is in the file `--out` already is skipped, so an interrupted study go
 outermost loop: the table of results is complete, with few seeds, long before the study is. One line of JSON per run has
 the command, the versions of what it ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of
 steps, and the means of lag and filter metrics. A run whose numbers were no longer finite is a result, too: it is
-recorded as diverged, without a return. A run that fails otherwise is shown with the end of its output, and the exit
-code is 1 when all others are done.
+recorded as diverged, without a return. A run that fails otherwise is shown with the end of its output, which is kept
+in the folder `<out>.logs`, and the exit code is 1 when all others are done. After Ctrl-C it is 130, and 2 if a method
+is unknown.
 """
 
 import contextlib
@@ -77,16 +78,43 @@ def is_atari(env_id):
 
 
 def command_of(method, env_id, seed, lag, args):
-    """The command line of one run, a list from the script's name on. Raises SystemExit if no such method is known."""
+    """The command line of one run, a list from the script's name on. Exits with code 2 if no such method is known."""
     names = [name for name in METHODS if method == name or method.startswith(f"{name} --")]
     if not names:
-        raise SystemExit(f"error: --methods {method}: must begin with one of {', '.join(METHODS)}")
+        print(f"error: --methods {method}: must begin with one of {', '.join(METHODS)}", file=sys.stderr)
+        raise SystemExit(2)
     name = max(names, key=len)
     domain, epochs, rate = ("atari", 16, 6e-4) if is_atari(env_id) else ("mujoco", 20, 3e-4)
     script, *flags = METHODS[name].format(domain=domain, epochs=epochs, rate=rate).split()
     parts = [script, "--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.steps)]
     parts += ["--lag-schedule", args.lag_schedule, "--lag", str(lag), *shlex.split(args.flags)]
     return parts + flags + shlex.split(method.removeprefix(name))  # of a flag given twice, the last counts
+
+
+def read_records(path):
+    """All records of a file of results; lines that a killed runner left half-written are named and skipped."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"warning: {path}, line {number}: no record, maybe half-written; skipped", file=sys.stderr)
+    return records
+
+
+def append_record(path, record):
+    """Add a line by one write, because several runners may share the file; never to a half-written one."""
+    with open(path, "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        start = "" if file.read(1) in (b"", b"\n") else "\n"
+        file.write(f"{start}{json.dumps(record)}\n".encode())
+
+
+def fingerprint(script):
+    """Git's hash of a script as it is now: commits that leave it as it was do not change the results."""
+    command = ["git", "hash-object", str(REPOSITORY / script)]
+    return subprocess.run(command, capture_output=True, text=True).stdout[:12]
 
 
 def versions():
@@ -101,12 +129,8 @@ def versions():
     return {"commit": commit, **packages, "cpu": processors[0] if processors else "unknown", "date": str(date.today())}
 
 
-def measure(output, folder, steps):
-    """What a finished run has shown: from its summary line, and from its TensorBoard curves."""
-    summary = re.findall(r"steps in ([\d.]+) s, (\d+) SPS, (?:return (\S+)|no return yet), mean of (\d+)", output)
-    if len(summary) != 1:
-        raise RuntimeError(f"no summary line\n{output[-2000:]}")
-    seconds, sps, final, episodes = summary[0]
+def measure(folder, steps):
+    """The learning curve and the mean metrics of a run, from its TensorBoard files as far as they go."""
     (run,) = Path(folder, "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
@@ -116,14 +140,26 @@ def measure(output, folder, steps):
         stretches[min(math.ceil(event.step / steps * STRETCHES), STRETCHES) - 1].append(event.value)
     metrics = [tag for tag in tags if tag.startswith(METRICS)]
     return {
-        "return": float(final) if final else None,
-        "episodes": int(episodes),
         "grid": [steps * (i + 1) // STRETCHES for i in range(STRETCHES)],
         "returns": [round(float(np.mean(values)), 2) if values else None for values in stretches],
         "metrics": {tag: float(f"{np.mean([e.value for e in events.Scalars(tag)]):.5g}") for tag in metrics},
-        "sps": int(sps),
-        "seconds": float(seconds),
     }
+
+
+def outcome(returncode, output, folder, steps):
+    """What a run has shown. Raises RuntimeError, with reason and output, if it neither ended nor diverged."""
+    lines = output.splitlines() or [""]
+    if returncode != 0 and "not finite" in lines[-1]:  # its metrics, of numbers that explode, say nothing about the lag
+        result = {"return": None, "episodes": 0, "diverged": lines[-1][:300]}
+        return result | measure(folder, steps) | {"metrics": {}}
+    if returncode != 0:
+        raise RuntimeError(f"exit code {returncode}\n{output}")
+    summary = re.findall(r"steps in ([\d.]+) s, (\d+) SPS, (?:return (\S+)|no return yet), mean of (\d+)", output)
+    if len(summary) != 1:
+        raise RuntimeError(f"no summary line\n{output}")
+    seconds, sps, final, episodes = summary[0]
+    result = {"return": float(final) if final else None, "episodes": int(episodes)}
+    return result | measure(folder, steps) | {"sps": int(sps), "seconds": float(seconds)}
 
 
 class Runner:
@@ -133,12 +169,12 @@ class Runner:
         self.processes, self.lock, self.stopped = set(), threading.Lock(), False
 
     def run(self, command, steps):
-        """Run one command; returns what `measure` does. Raises RuntimeError with the end of its output if it fails."""
+        """Run one command; returns its versions and what `outcome` does. Raises RuntimeError with its output."""
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "w+") as output:
             with self.lock:
                 if self.stopped:
                     raise RuntimeError("not started")
-                known = versions()
+                known = versions() | {"script": fingerprint(command[0])}
                 process = subprocess.Popen(
                     [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
                     cwd=folder,
@@ -151,12 +187,7 @@ class Runner:
             process.wait()
             self.processes.discard(process)
             output.seek(0)
-            text = output.read()
-            if process.returncode != 0 and "not finite" in text.splitlines()[-1]:
-                return known | {"return": None, "episodes": 0, "diverged": text.splitlines()[-1][:300], "metrics": {}}
-            if process.returncode != 0:
-                raise RuntimeError(f"exit code {process.returncode}\n{text[-2000:]}")
-            return known | measure(text, folder, steps)
+            return known | outcome(process.returncode, output.read(), folder, steps)
 
     def stop(self):
         """End all runs at once, with their actors."""
@@ -170,7 +201,7 @@ class Runner:
 def main(args):
     done = set()
     if args.out.exists():
-        done = {shlex.join(json.loads(line)["command"]) for line in args.out.read_text().splitlines()}
+        done = {shlex.join(record["command"]) for record in read_records(args.out)}
     jobs = {}  # command: what identifies the run in the results
     for seed in args.seeds:
         for lag in args.lags:
@@ -195,11 +226,14 @@ def main(args):
                     record = job | future.result()
                 except Exception as error:  # one bad run must not end the study
                     failed[shlex.join(job["command"])] = error
-                    progress.write(f"FAILED: {shlex.join(job['command'])}\n{error}")
+                    name = f"{job['method']} {job['env_id']} lag {job['lag']} seed {job['seed']}.txt"
+                    log = Path(f"{args.out}.logs", re.sub(r"[^\w.-]+", "_", name))
+                    log.parent.mkdir(exist_ok=True)
+                    log.write_text(f"{shlex.join(job['command'])}\n{error}")
+                    reason, _, output = str(error).partition("\n")
+                    progress.write(f"FAILED: {shlex.join(job['command'])}\n{reason}, see {log}\n{output[-2000:]}")
                 else:
-                    # One write of one line: several runners may share the file
-                    with open(args.out, "a") as file:
-                        file.write(json.dumps(record) + "\n")
+                    append_record(args.out, record)
                 progress.update()
         except KeyboardInterrupt:
             runner.stop()
@@ -218,4 +252,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on with the runs that are missing")
+        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
+        sys.exit(130)  # not 1, after which a study goes on with its next runs
