@@ -2,21 +2,23 @@
 
     python benchmark/plot.py benchmark/results/mujoco_lag.jsonl
 
-writes beside the results, with their name: .md with all tables, and figures: _return (return against lag), _curves
-(learning curves), _improvement (probability that VACO is better), _profile (performance profiles), _tv (total variation
-and dropped share against lag).
+writes beside the results, with their name: .md with all tables, and figures: _main (return of all environments against
+lag, and the probability that VACO is better), _return (each environment by itself), _curves (learning curves), _profile
+(performance profiles), _tv (total variation and dropped share against lag).
 
-Scores are normalised per environment: 0 is the policy before training (the method "untrained"), 1 the best mean over
-seeds that any method reached at the smallest lag. A diverged run, which has no return, counts as 0. IQM is the
-interquartile mean over all runs of all environments, intervals are 95 % stratified bootstrap intervals: both are
-rliable's (arXiv 2108.13264).
+Scores are normalised per environment. 0 is the policy before training (the method "untrained": a Gaussian of standard
+deviation 1 around nearly 0). 1 is the best mean at the smallest lag, among those methods in the files that have as many
+seeds there as any; the tables name them. A run without a return, which has diverged, counts as 0. IQM is the
+interquartile mean over all runs of all environments, from the seeds that a method has on all of them. Intervals are
+95 % stratified bootstrap intervals of rliable (arXiv 2108.13264), from three seeds on.
 """
 
-import itertools
-import json
+import re
+import textwrap
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
@@ -25,16 +27,43 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.colors import to_rgb
+from run import read_records
+from scipy.optimize import isotonic_regression
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from rliable import library as rly
     from rliable import metrics
-warnings.filterwarnings("ignore", message="random_state is deprecated", category=FutureWarning)  # in rliable's calls
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; with markers and line styles, for print in grey
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F"]
-MARKERS, LINES = "osD^vP*X<>", ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)), "-"]
+# A method looks the same in all figures. Colours are Okabe and Ito's, which colour-blind readers can tell apart, and
+# markers help in grey. Parts of a method share its colour and differ by line. This is the order of methods, too
+LOOKS = {
+    "VACO": ("#000000", "o", "-"),
+    "PPO-clip": ("#D55E00", "s", "-"),
+    "PPO-KL": ("#CC79A7", "D", "-"),
+    "SPO": ("#009E73", "P", "-"),
+    "decoupled PPO": ("#0072B2", "X", "-"),
+    "IMPALA": ("#E69F00", "h", "-"),
+    "IMPALA, 1 epoch": ("#E69F00", "<", "--"),
+    "VACO, no filter": ("#000000", "^", "--"),
+    "VACO, no alignment": ("#000000", "v", ":"),
+}
+OTHERS = [("#56B4E9", ">", "-"), ("#8C6D31", "p", "-"), ("#7F7F7F", "8", "-")]  # for methods that are added
+INK, SIZE = "#222222", 8  # of text
+FEWEST = 3  # seeds for an interval: two that happen to be alike give one of no width
+SCHEDULES = {
+    "mixture": "mixture of lag k: each rollout by one of the last k + 1 versions, k / 2 old on average",
+    "fixed": "fixed lag k: every batch by the version of k batches ago",
+    "async": "free-running",
+}
+# Returns after 1M steps of the v4 (CleanRL, 3 seeds) and the v3 environments (tianshou, 10 seeds)
+PUBLISHED = {
+    "HalfCheetah-v4": ("1443 ± 46", "5784"),
+    "Hopper-v4": ("2383 ± 272", "2609"),
+    "Walker2d-v4": ("2288 ± 572", "3589"),
+    "Humanoid-v4": ("716 ± 49", "787"),
+}
 
 
 @dataclass
@@ -42,254 +71,352 @@ class Args:
     results: tyro.conf.Positional[tuple[Path, ...]]  # files of benchmark/run.py; several are put together
     out: Path | None = None  # where to write, with a name to begin with; None: beside the first file, with its name
     methods: tuple[str, ...] = ()  # methods to show, in this order; none: all
+    lags: tuple[int, ...] = ()  # lags to show; none: all
+    # A flag in the names of methods to draw against, instead of the lag: "update-epochs". Methods without it are left
+    # out, unless its default is given: "tv-threshold=0.2"
+    x: str | None = None
     reps: int = 2000  # bootstrap samples
 
 
 class Results:
-    """The runs of some files: by method, environment, lag and seed.
+    """The runs of some files as `cells`: {(method, environment, x): {seed: run}}; x is the lag, or the value of a flag.
 
     Raises SystemExit if runs are mixed that are no one study, or if there is no "untrained" to normalise by.
     """
 
-    def __init__(self, paths, shown=()):
-        self.runs, lengths, schedules = {}, set(), set()
-        for line in itertools.chain(*(path.read_text().splitlines() for path in paths)):
-            run = json.loads(line)
+    def __init__(self, args):
+        self.reps, runs = args.reps, {}
+        for run in (run for path in args.results for run in read_records(path)):
             key = run["method"], run["env_id"], run["lag"], run["seed"]
-            if key in self.runs and self.runs[key]["command"] != run["command"]:
+            if key in runs and runs[key]["command"] != run["command"]:
                 raise SystemExit(f"error: two different runs are {', '.join(map(str, key))}: give results of one study")
-            self.runs[key] = run
-            lengths.add(run["steps"])
-            schedules.add(run["lag_schedule"])
+            runs[key] = run
+        if not runs:
+            raise SystemExit(f"error: no runs in {', '.join(map(str, args.results))}")
+        lengths, schedules = ({run[name] for run in runs.values()} for name in ("steps", "lag_schedule"))
         if len(lengths) != 1 or len(schedules) != 1:
             kinds = f"{', '.join(sorted(schedules))}, of {', '.join(map(str, sorted(lengths)))} steps"
             raise SystemExit(f"error: runs are no one study, but {kinds}: give files of one kind")
-        (self.steps,) = lengths
-        self.env_ids = list(dict.fromkeys(env_id for _, env_id, *_ in self.runs))
-        self.lags = sorted({lag for *_, lag, _ in self.runs})
-        known = list(dict.fromkeys(method for method, *_ in self.runs if method != "untrained"))
-        self.methods = [method for method in shown or known if method in known]
-        unknown = [method for method in shown if method not in known]
-        if unknown:
-            raise SystemExit(f"error: --methods {unknown[0]}: not in the results, which have {', '.join(known)}")
-        self.zero, self.one, self.raw = {}, {}, []  # raw: environments whose scores cannot be normalised
+        (self.steps,), (self.schedule,) = lengths, schedules
+        self.grid = np.array(next((run["grid"] for run in runs.values() if "grid" in run), []))
+        self.env_ids = list(dict.fromkeys(env_id for _, env_id, *_ in runs))
+        known = list(dict.fromkeys(method for method, *_ in runs if method != "untrained"))
+        known.sort(key=lambda method: [*LOOKS, ""].index(base_of(method)))  # stable
+        lags = sorted({lag for method, _, lag, _ in runs if method != "untrained"})
+        for name, asked, there in (("methods", args.methods, known), ("lags", args.lags, lags)):
+            if unknown := [value for value in asked if value not in there]:
+                raise SystemExit(f"error: --{name} {unknown[0]}: not in the results, which have {str(there)[1:-1]}")
+        self.set_scale(runs, known, min(lags, default=0))
+        lags = sorted(args.lags or lags)
+        self.lag = lags[0] if len(lags) == 1 else None
+        if args.x and len(lags) > 1:
+            raise SystemExit(f"error: --x {args.x}: takes one lag at a time, type --lags {lags[-1]}")
+        self.x_name, _, default = (args.x or "lag").partition("=")
+        self.cells = defaultdict(dict)
+        for method, env_id, lag, seed in sorted(runs, key=lambda key: known.index(key[0]) if key[0] in known else -1):
+            flag = re.search(rf" --{self.x_name}[ =](\S+)", method) if args.x else None
+            value = flag[1] if flag else default if args.x else lag
+            if method in (args.methods or known) and lag in lags and value != "":
+                cell = self.cells[method.replace(flag[0], "") if flag else method, env_id, float(value)]
+                if seed in cell:
+                    raise SystemExit(f"error: --x {args.x}: {method} is there twice, choose by --methods")
+                cell[seed] = runs[method, env_id, lag, seed]
+        if not self.cells:
+            raise SystemExit(f"error: nothing to show: the results have only the methods {str(known)[1:-1]}")
+        self.methods = list(dict.fromkeys(method for method, *_ in self.cells))
+        if args.methods and not args.x:
+            self.methods = list(args.methods)
+        self.xs = sorted({x for *_, x in self.cells})
+
+    def set_scale(self, runs, known, first):
+        """What the scores 0 and 1 are, and whose mean is 1; `first`: the smallest lag."""
+        self.first, self.zero, self.one, self.best, self.raw = first, {}, {}, {}, []  # raw: what cannot be normalised
+        groups = defaultdict(list)
+        for (method, env_id, lag, _), run in runs.items():
+            if lag == first or method == "untrained":
+                groups[method, env_id].append(run["return"])
+        most = max((min(len(groups[method, env_id]) for env_id in self.env_ids) for method in known), default=0)
         for env_id in self.env_ids:
-            untrained = [run["return"] for (m, e, *_), run in self.runs.items() if m == "untrained" and e == env_id]
-            if not untrained:
+            if not any(value is not None for value in groups["untrained", env_id]):
                 raise SystemExit(f'error: no run of the method "untrained" on {env_id}: scores cannot be normalised')
-            self.zero[env_id] = np.mean(untrained)
-        most = max((len(self.seeds(method, min(self.lags))) for method in known), default=0)
-        for env_id in self.env_ids:
-            columns = [self.returns(method, env_id, min(self.lags)) for method in known]
-            self.one[env_id] = max(
-                (np.mean(scores) for scores in columns if len(scores) >= max(most, 1)), default=np.nan
-            )
-            if not self.one[env_id] > self.zero[env_id]:  # very short runs
-                self.one[env_id] = self.zero[env_id] + 1
+            zero = self.zero[env_id] = float(np.mean([v for v in groups["untrained", env_id] if v is not None]))
+            full = [method for method in known if len(groups[method, env_id]) >= max(most, 1)]
+            means = {m: float(np.mean([zero if v is None else v for v in groups[m, env_id]])) for m in full}
+            self.best[env_id] = max(means, key=means.get, default=None)
+            self.one[env_id] = means.get(self.best[env_id], zero)
+            if self.one[env_id] <= zero:  # very short runs
+                self.one[env_id] = zero + 1
                 self.raw.append(env_id)
 
-    def seeds(self, method, lag, env_ids=None):
-        """The seeds that a method has at a lag on all environments."""
-        sets = [
-            {s for m, e, k, s in self.runs if (m, e, k) == (method, env_id, lag)} for env_id in env_ids or self.env_ids
-        ]
-        return sorted(set.intersection(*sets))
+    def seeds(self, method, x):
+        """The seeds that a method has on all environments."""
+        return sorted(set.intersection(*(set(self.cells.get((method, e, x), {})) for e in self.env_ids)))
 
-    def returns(self, method, env_id, lag):
-        """The returns of the last 100 episodes, one per seed; of the untrained policy where a run diverged."""
-        runs = [self.runs[method, env_id, lag, seed] for seed in self.seeds(method, lag, [env_id])]
-        return [self.zero[env_id] if run["return"] is None else run["return"] for run in runs]
+    def returns(self, method, env_id, x):
+        """The returns of the last 100 episodes, {seed: return}; of the untrained policy where a run has none."""
+        cell = self.cells.get((method, env_id, x), {})
+        return {s: self.zero[env_id] if cell[s]["return"] is None else cell[s]["return"] for s in sorted(cell)}
 
-    def normalise(self, values, env_id):
-        return (np.asarray(values, dtype=float) - self.zero[env_id]) / (self.one[env_id] - self.zero[env_id])
-
-    def scores(self, method, lag, env_ids=None):
+    def scores(self, method, x):
         """Normalised scores [seeds, environments] of the seeds that are complete."""
-        env_ids = env_ids or self.env_ids
-        seeds, columns = self.seeds(method, lag, env_ids), []
-        for env_id in env_ids:
-            column = dict(zip(self.seeds(method, lag, [env_id]), self.returns(method, env_id, lag), strict=True))
-            columns.append(self.normalise([column[seed] for seed in seeds], env_id))
+        columns = []
+        for env_id in self.env_ids:
+            returns, zero = self.returns(method, env_id, x), self.zero[env_id]
+            column = np.array([returns[seed] for seed in self.seeds(method, x)], dtype=float)
+            columns.append((column - zero) / (self.one[env_id] - zero))
         return np.stack(columns, axis=1)
 
-    def metric(self, method, lag, name):
-        """The mean of a metric over all runs of a method at a lag; None if it logs no such thing."""
-        runs = [run for (m, _, k, _), run in self.runs.items() if (m, k) == (method, lag)]
-        values = [run["metrics"][name] for run in runs if name in run["metrics"]]
-        return float(np.mean(values)) if values else None
+    def curves(self, method, env_id, x):
+        """The grid of steps and the curves of all seeds [seeds, stretches], from where all have begun.
 
-    def seed_counts(self):
-        """For captions: how many seeds the methods have, "5 seeds (3: PPO-KL)"."""
-        by_count = defaultdict(list)
-        for method in self.methods:
-            by_count[min(len(self.seeds(method, lag)) for lag in self.lags)].append(method)
-        most = max(by_count, key=lambda count: len(by_count[count]))
-        others = [f"{count}: {', '.join(names)}" for count, names in sorted(by_count.items()) if count != most]
-        return f"{most} {'seed' if most == 1 else 'seeds'}" + (f" ({'; '.join(others)})" if others else "")
+        Where no episode ended, a curve joins its neighbours; after divergence it is at the untrained policy's return.
+        """
+        cell, places = self.cells.get((method, env_id, x), {}), np.arange(len(self.grid))
+        curves = np.full((len(cell), len(places)), self.zero[env_id])
+        for row, run in zip(curves, cell.values(), strict=True):
+            values = np.array(run.get("returns", []), dtype=float)  # records of diverged runs may have none
+            if (there := np.isfinite(values)).any():
+                end = self.zero[env_id] if run["return"] is None else None
+                row[:] = np.interp(places, places[there], values[there], left=np.nan, right=end)
+        kept = np.isfinite(curves).all(axis=0)
+        return self.grid[kept], curves[:, kept]
+
+    def metric(self, method, x, name):
+        """The mean of a metric over all runs of a method that have not diverged; NaN if it logs no such thing."""
+        runs = [run for (m, _, k), cell in self.cells.items() if (m, k) == (method, x) for run in cell.values()]
+        values = [run["metrics"][name] for run in runs if name in run["metrics"]]
+        return float(np.mean(values)) if values else np.nan
+
+    @cached_property
+    def iqm(self):
+        """{(method, x): (IQM of normalised scores, low, high)}."""
+        places = [(method, x) for method in self.methods for x in self.xs]
+        return {place: interval(self.scores(*place), metrics.aggregate_iqm, self.reps) for place in places}
+
+    @cached_property
+    def improvement(self):
+        """{(method, x): (probability that a run of VACO is better than one of the method, low, high)}."""
+        others = [method for method in self.methods if method != "VACO"] if "VACO" in self.methods else []
+        pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
+        return {place: interval(pair, probability_of_improvement, self.reps) for place, pair in pairs.items()}
+
+    def at(self, x):
+        return f"{self.x_name.replace('-', ' ')} {x:g}"
+
+    def about(self, complete=False):
+        """For captions: what was run, with how many seeds; `complete`: those that are there on all environments."""
+        whole = [len(self.seeds(method, x)) for method in self.methods for x in self.xs]
+        counts = [count for count in (whole if complete else map(len, self.cells.values())) if count] or [0]
+        seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
+        lost = sum(run["return"] is None for cell in self.cells.values() for run in cell.values())
+        lost = f" Runs without a return (diverged), counted as untrained: {lost}." if lost else ""
+        lag = SCHEDULES[self.schedule] + (f"; k = {self.lag}" if self.lag is not None else "")
+        return f"{', '.join(self.env_ids)}; {self.steps:,} steps; {lag}; seeds: {seeds}.{lost}"
+
+
+def probability_of_improvement(ours, theirs):
+    """Of pairs of runs, the share in which ours is better, ties one half; mean over environments.
+
+    rliable's metric of this name, without its test of significance, which takes minutes to bootstrap.
+    """
+    return np.mean((ours[:, None] > theirs) + 0.5 * (ours[:, None] == theirs))
 
 
 def interval(scores, statistic, reps):
-    """A statistic of scores [seeds, environments] with its 95 % interval: (value, low, high)."""
-    if len(scores) == 0:
-        return np.nan, np.nan, np.nan
-    if len(scores) == 1:  # nothing to draw from
-        return statistic(scores), np.nan, np.nan
-    random_state = np.random.RandomState(0)
-    values, intervals = rly.get_interval_estimates(
-        {"": scores}, lambda x: np.array([statistic(x)]), reps=reps, random_state=random_state
-    )
-    return values[""][0], *intervals[""][:, 0]
+    """A statistic of scores [seeds, environments], or of two such arrays, and its 95 % interval: (value, low, high)."""
+    scores = scores if isinstance(scores, tuple) else (scores,)
+    fewest = min(map(len, scores))
+    value = statistic(*scores) if fewest else np.nan
+    if fewest < FEWEST:
+        return value, value * np.nan, value * np.nan
+    np.random.seed(0)  # rliable draws from the global generator, and ignores its random_state
+    data = {"": scores if len(scores) > 1 else scores[0]}
+    _, bounds = rly.get_interval_estimates(data, lambda *drawn: np.atleast_1d(statistic(*drawn)), reps=reps)
+    low, high = bounds[""]
+    return (value, low, high) if np.ndim(value) else (float(value), float(low[0]), float(high[0]))
+
+
+def base_of(method):
+    """The name in LOOKS that a method begins with, before its flags; "" if there is none."""
+    return next((name for name in LOOKS if f"{method} ".startswith(f"{name} ")), "")
 
 
 def style(methods):
-    return {
-        method: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": LINES[i % len(LINES)],
-        }
-        for i, method in enumerate(methods)
-    }
+    """{method: arguments of matplotlib's lines}; with flags after a name, ever paler tints of its colour."""
+    styles, others, variants = {}, iter(OTHERS * len(methods)), Counter()
+    for method in methods:
+        base = base_of(method)
+        color, marker, line = LOOKS[base] if base else next(others)
+        if base and base != method:
+            variants[base] += 1
+            pale, marker = min(0.2 + 0.1 * variants[base], 0.7), "^vD<>ps8h"[variants[base] % 9]
+            color, line = tuple(pale + (1 - pale) * np.array(to_rgb(color))), (0, (2 + variants[base], 1.5))
+        styles[method] = {"color": color, "marker": marker, "linestyle": line, "zorder": 3 + (method == "VACO")}
+        styles[method] |= (
+            {"linewidth": 2.4, "markersize": 6} if method == "VACO" else {"linewidth": 1.3, "markersize": 5}
+        )
+    return styles
 
 
-def label_ends(axes, ends, styles):
-    """Names at the right ends of lines {method: (x, y)}, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap, floor = 0.052 * (high - low), -np.inf
-    for method, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
-        floor = max(y, floor + gap)
-        text = {"xytext": (x + 0.06 * np.ptp(axes.get_xlim()), floor), "va": "center", "fontsize": 7}
-        line = {"arrowstyle": "-", "color": styles[method]["color"], "linewidth": 0.5}
-        axes.annotate(method, (x, y), color=styles[method]["color"], arrowprops=line, annotation_clip=False, **text)
+def clean(ax, title="", **labels):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#999999")
+    ax.tick_params(labelsize=SIZE, color="#999999", labelcolor=INK)
+    ax.grid(axis="y", color="#E6E6E6", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_title(title, fontsize=SIZE + 1, color=INK, loc="left")
+    ax.set(**labels)
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set(fontsize=SIZE, color=INK)
 
 
-def panels(number, width=3.4, height=3.2):
-    """A row of axes, without frame lines at the top and the right."""
-    figure, axes = plt.subplots(1, number, figsize=(width * number, height), layout="constrained", squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+def panels(rows, columns, width, height):
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
-def plot_return(results, args):
-    """Return against lag: all environments together (IQM), and each by itself (mean)."""
-    figure, axes = panels(1 + len(results.env_ids), width=3.3)
-    styles = style(results.methods)
-    places = range(len(results.lags))
-    for ax, env_id in zip(axes, [None, *results.env_ids], strict=True):
-        ends = {}
-        for i, method in enumerate(results.methods):
-            shift = 0.03 * (i - (len(results.methods) - 1) / 2)
-            if env_id is None:
-                scores = [results.scores(method, lag) for lag in results.lags]
-                points = np.array([interval(part, metrics.aggregate_iqm, args.reps) for part in scores])
-            else:
-                columns = [np.array(results.returns(method, env_id, lag))[:, None] for lag in results.lags]
-                points = np.array([interval(part, np.mean, args.reps) for part in columns])
-            value, low, high = points.T
-            errors = np.nan_to_num([value - low, high - value])
-            ax.errorbar([p + shift for p in places], value, errors, markersize=4, linewidth=1, **styles[method])
-            ends[method] = (len(results.lags) - 1 + shift, value[-1])
-        ax.set_xticks(list(places), results.lags)
-        ax.set_xlabel("lag (versions)")
-        ax.set_title("all: IQM of normalised scores" if env_id is None else env_id, fontsize=9)
-        ends = {method: end for method, end in ends.items() if np.isfinite(end[1])}
-        label_ends(ax, ends, styles)
-    figure.suptitle(
-        f"Return of the last 100 episodes after {results.steps:,} steps; {results.seed_counts()}; bars: 95 % intervals",
-        fontsize=9,
+def caption(figure, text):
+    lines = textwrap.fill(text, int(figure.get_figwidth() * 17))
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=7.5, color="#555555", linespacing=1.4)
+
+
+def label_ends(ax, ends, styles):
+    """Names at one x beyond the right ends of lines {method: (x, y)}, moved apart as little as possible."""
+    ends = sorted(ends.items(), key=lambda item: item[1][1])
+    low, high = ax.get_ylim()
+    gap = 1.35 * SIZE / 72 / (ax.figure.get_figheight() * ax.get_position().height)
+    steps, heights = gap * np.arange(len(ends)), np.array([(y - low) / (high - low) for _, (_, y) in ends])
+    places = isotonic_regression(heights - steps).x.clip(0, max(1 - gap * (len(ends) - 1), 0)) + steps if ends else []
+    for (method, end), place in zip(ends, places, strict=True):
+        text = {"fontsize": SIZE, "color": INK, "fontweight": "bold" if method == "VACO" else "normal", "va": "center"}
+        text["arrowprops"] = {"arrowstyle": "-", "color": styles[method]["color"], "lw": 0.9, "relpos": (0, 0.5)}
+        ax.annotate(method, end, (1.07, place), textcoords="axes fraction", annotation_clip=False, **text)
+
+
+def draw_dots(ax, points, styles, named=True, seeds=None):
+    """One method a row: points {method: (value, low, high)}, hollow without interval; seeds {method: [value, ...]}."""
+    for row, (method, (value, low, high)) in enumerate(points.items()):
+        color, marker = styles[method]["color"], styles[method]["marker"]
+        ax.plot([low, high], [row, row], color=color, linewidth=1.6)
+        face = color if np.isfinite(low) else "white"
+        ax.plot(value, row, marker, color=color, markerfacecolor=face, label=method, clip_on=False)
+        if seeds:
+            ax.plot(seeds[method], [row + 0.2] * len(seeds[method]), ".", markersize=3, color=color, alpha=0.6)
+    ax.set_ylim(len(points) - 0.5, -0.5)
+    ax.set_yticks(range(len(points)), points if named else [""] * len(points))
+    ax.tick_params(axis="y", length=0)
+
+
+def draw_lines(ax, results, points, seeds=None):
+    """One method a line over x: points {method: [(value, low, high), ...]}; seeds {method: [[value, ...], ...]}."""
+    styles, ends = style(results.methods), {}
+    if len(results.xs) == 1:
+        seeds = {method: columns[0] for method, columns in (seeds or {}).items()}
+        return draw_dots(ax, {method: line[0] for method, line in points.items()}, styles, seeds=seeds)
+    for i, (method, line) in enumerate(points.items()):
+        places = np.arange(len(results.xs)) + min(0.035, 0.28 / len(points)) * (i - (len(points) - 1) / 2)
+        value, low, high = np.array(line, dtype=float).T
+        look = {name: styles[method][name] for name in ("color", "linestyle", "linewidth", "zorder")}
+        errors = np.maximum([value - low, high - value], 0)  # a percentile interval may leave out its own point
+        ax.errorbar(places, value, errors, elinewidth=1, label=method, **look)
+        for kept, face in ((np.isfinite(low), look["color"]), (np.isnan(low), "white")):
+            ax.plot(places[kept], value[kept], **styles[method] | {"linestyle": "", "markerfacecolor": face})
+        for place, column in zip(places, (seeds or {}).get(method, []), strict=False):
+            ax.plot([place] * len(column), column, ".", markersize=2.5, color=look["color"], alpha=0.6, zorder=2)
+        if (there := np.isfinite(value)).any():
+            ends[method] = places[there][-1], value[there][-1]
+    ax.set_xticks(range(len(results.xs)), [f"{x:g}" for x in results.xs])
+    ax.set_xlabel("lag (versions)" if results.x_name == "lag" else results.x_name.replace("-", " "))
+    ax.set_xlim(-0.35, len(results.xs) - 0.65)
+    label_ends(ax, ends, styles)
+
+
+def plot_main(results):
+    """Return against lag over all environments, and the probability that VACO is better than each other method."""
+    others = [method for method in results.methods if (method, results.xs[0]) in results.improvement]
+    ratios = [3.4 if len(results.xs) > 1 else 1, *([1] * len(results.xs) if others else [])]
+    figure = plt.figure(figsize=(11, max(4, 1.5 + 0.3 * len(results.methods))), layout="constrained")
+    ax, *axes = figure.add_gridspec(1, len(ratios), width_ratios=ratios).subplots(squeeze=False)[0]
+    draw_lines(ax, results, {method: [results.iqm[method, x] for x in results.xs] for method in results.methods})
+    clean(ax, f"IQM of normalised return (0: untrained, 1: best mean at lag {results.first})")
+    for part, x in zip(axes, results.xs, strict=False):
+        points = {method: results.improvement[method, x] for method in others}
+        draw_dots(part, points, style(results.methods), named=part is axes[0])
+        part.axvline(0.5, color="#888888", linewidth=1, linestyle="--", zorder=1)
+        part.set_xticks((0, 0.5, 1), ["0", "½", "1"])
+        middle = part is axes[len(axes) // 2]
+        clean(part, results.at(x), xlim=(-0.06, 1.06), xlabel="probability that a run of VACO is better" * middle)
+    text = (
+        f"Last 100 episodes; {results.about(complete=True)} Bars: 95 % stratified bootstrap intervals, from 3 seeds on"
     )
+    caption(figure, f"{text} (hollow: fewer); from few seeds they are too narrow.")
     return figure
 
 
-def plot_curves(results, args):
+def plot_return(results):
+    """Return against lag, each environment by itself: mean over seeds, and every seed."""
+    figure, axes = panels(1, len(results.env_ids), 4.2 * len(results.env_ids), max(3.8, 1 + 0.3 * len(results.methods)))
+    for ax, env_id in zip(axes[0], results.env_ids, strict=True):
+        seeds = {m: [list(results.returns(m, env_id, x).values()) for x in results.xs] for m in results.methods}
+        columns = {method: [np.reshape(part, (-1, 1)) for part in parts] for method, parts in seeds.items()}
+        points = {m: [interval(part, np.mean, results.reps) for part in parts] for m, parts in columns.items()}
+        draw_lines(ax, results, points, seeds)
+        clean(ax, f"{env_id}: return")
+    text = "Mean return of the last 100 episodes over seeds; small dots: each seed."
+    caption(figure, f"{text} {results.about()} Bars: 95 % intervals; from few seeds they are too narrow.")
+    return figure
+
+
+def plot_curves(results):
     """Learning curves, mean over seeds, one row per environment and one column per lag."""
-    shape = len(results.env_ids), len(results.lags)
-    figure, axes = plt.subplots(
-        *shape, figsize=(3.4 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False, sharex=True, sharey="row"
-    )
-    styles = style(results.methods)
-    for (i, env_id), (j, lag) in itertools.product(enumerate(results.env_ids), enumerate(results.lags)):
-        ax, ends = axes[i, j], {}
-        ax.spines[["top", "right"]].set_visible(False)
-        for method in results.methods:
-            runs = [results.runs[method, env_id, lag, seed] for seed in results.seeds(method, lag, [env_id])]
-            runs = [run for run in runs if run["return"] is not None]
-            curves = np.array([run["returns"] for run in runs], dtype=float)  # [seeds, stretches], NaN: no episode
-            kept = np.isfinite(curves).all(axis=0)
-            if not runs or not kept.any():
-                continue
-            grid, mean = np.array(runs[0]["grid"])[kept] / 1e3, curves[:, kept].mean(axis=0)
-            looks = {name: value for name, value in styles[method].items() if name != "marker"}
-            ax.plot(grid, mean, linewidth=1.2, **looks)
-            ends[method] = (grid[-1], mean[-1])
-        if j == shape[1] - 1:
-            label_ends(ax, ends, styles)
-        ax.set_title(f"{env_id}, lag {lag}", fontsize=9)
-    for ax in axes[-1]:
-        ax.set_xlabel("thousand steps")
-    figure.suptitle(f"Episodic return, mean over seeds; {results.seed_counts()}", fontsize=9)
+    rows, columns, styles = len(results.env_ids), len(results.xs), style(results.methods)
+    figure, axes = panels(rows, columns, 4.2 * columns, max(2.9, 0.6 + 0.19 * len(results.methods)) * rows)
+    for (i, j), ax in np.ndenumerate(axes):
+        env_id, x, ends = results.env_ids[i], results.xs[j], {}
+        for k, method in enumerate(results.methods):
+            grid, curves = results.curves(method, env_id, x)
+            if curves.size:
+                mean, low, high = interval(curves, lambda part: part.mean(axis=0), results.reps)
+                look = styles[method] | {"markersize": 3.5, "linewidth": 0.7 * styles[method]["linewidth"]}
+                ax.plot(grid / 1e3, mean, label=method, markevery=(k % 5, 5), **look)
+                ax.fill_between(grid / 1e3, low, high, color=look["color"], alpha=0.1, linewidth=0)
+                ends[method] = grid[-1] / 1e3, mean[-1]
+        labels = {"ylabel": "return" * (j == 0), "xlabel": "thousand steps" * (i == rows - 1)}
+        clean(ax, f"{env_id}, {results.at(x)}", xlim=(0, results.steps / 1e3), **labels)
+        label_ends(ax, ends, styles)
+    caption(figure, f"Return of the episodes that ended, mean over seeds. {results.about()} Shaded: 95 % intervals.")
     return figure
 
 
-def improvements(results, args):
-    """{(lag, other method): (probability that VACO's run is better, low, high)}, where both have two seeds or more."""
-    found = {}
-    for lag, other in itertools.product(results.lags, results.methods):
-        ours, theirs = results.scores("VACO", lag), results.scores(other, lag)
-        if other != "VACO" and min(len(ours), len(theirs)) >= 2:
-            values, intervals = rly.get_interval_estimates(
-                {"": (ours, theirs)},
-                metrics.probability_of_improvement,
-                reps=args.reps,
-                random_state=np.random.RandomState(0),
-            )
-            found[lag, other] = float(values[""]), *map(float, np.ravel(intervals[""]))
-    return found
-
-
-def plot_improvement(results, args):
-    """The probability that a run of VACO is better than one of each other method, per lag."""
-    found = improvements(results, args)
-    others = [method for method in results.methods if method != "VACO"]
-    figure, axes = panels(len(results.lags), width=3.2, height=0.6 + 0.32 * max(len(others), 3))
-    for ax, lag in zip(axes, results.lags, strict=True):
-        for i, other in enumerate(others):
-            if (lag, other) in found:
-                value, low, high = found[lag, other]
-                ax.errorbar(value, i, xerr=[[value - low], [high - value]], color="#0072B2", marker="o", capsize=2)
-        ax.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
-        ax.set(xlim=(0, 1), ylim=(len(others) - 0.5, -0.5))
-        ax.set_yticks(range(len(others)), others if ax is axes[0] else [""] * len(others), fontsize=8)
-        ax.set_title(f"lag {lag}", fontsize=9)
-        ax.set_xlabel("P(VACO > method)")
-    figure.suptitle(f"Probability of improvement; {results.seed_counts()}; bars: 95 % intervals", fontsize=9)
+def plot_profile(results):
+    """Performance profiles, the share of runs above a normalised score: each method beside VACO, per lag."""
+    others, styles = [method for method in results.methods if method != "VACO"] or ["VACO"], style(results.methods)
+    scores = {(method, x): results.scores(method, x) for method in results.methods for x in results.xs}
+    values = np.concatenate([[0, 1], *(part.ravel() for part in scores.values())])
+    taus = np.linspace(values.min() - 0.05, values.max() + 0.05, 401)
+    figure, axes = panels(len(results.xs), len(others), 0.8 + 1.5 * len(others), 1.1 + 1.5 * len(results.xs))
+    for (i, j), ax in np.ndenumerate(axes):
+        for method in dict.fromkeys(("VACO", others[j])):
+            part = scores.get((method, results.xs[i]), ())
+            if len(part):
+                shares = interval(part, lambda drawn: (drawn[..., None] > taus).mean(axis=(0, 1)), results.reps)
+                look = {name: styles[method][name] for name in ("color", "linestyle", "zorder")}
+                ax.plot(taus, shares[0], linewidth=1.4, label=method, **look)
+                ax.fill_between(taus, *shares[1:], color=look["color"], alpha=0.15, linewidth=0)
+            elif method == others[j]:
+                ax.text(0.5, 0.5, "no runs", transform=ax.transAxes, ha="center", fontsize=SIZE, color="#888888")
+        last = i == len(results.xs) - 1
+        labels = {"xlabel": "score" * last, "ylabel": results.at(results.xs[i]) * (j == 0)}
+        clean(ax, ylim=(0, 1), yticks=(0, 0.5, 1), xlim=(taus[0], taus[-1]), **labels)
+        ax.tick_params(labelleft=j == 0, labelbottom=last)
+        if i == 0:
+            name = textwrap.fill(others[j], 18)
+            ax.set_title(name, fontsize=SIZE, color=styles[others[j]]["color"], fontweight="bold")
+    text = "Share of runs above a normalised score: the method named above, and VACO (black, solid)."
+    caption(figure, f"{text} {results.about(complete=True)} Bands: 95 % intervals.")
     return figure
 
 
-def plot_profile(results, args):
-    """Performance profiles: the share of runs above a normalised score, per lag."""
-    figure, axes = panels(len(results.lags))
-    styles, taus = style(results.methods), np.linspace(-0.1, 1.3, 71)
-    for ax, lag in zip(axes, results.lags, strict=True):
-        scores = {m: part for m in results.methods if len(part := results.scores(m, lag)) >= 2}
-        if not scores:
-            continue
-        np.random.seed(0)  # rliable draws from the global generator here
-        shares, bands = rly.create_performance_profile(scores, taus, reps=min(args.reps, 500))
-        for method, share in shares.items():
-            looks = {name: value for name, value in styles[method].items() if name != "marker"}
-            ax.plot(taus, share, linewidth=1.2, label=method, **looks)
-            ax.fill_between(taus, *bands[method], color=styles[method]["color"], alpha=0.08, linewidth=0)
-        ax.set_title(f"lag {lag}", fontsize=9)
-        ax.set_xlabel("normalised score τ")
-    axes[0].set_ylabel("share of runs above τ")
-    axes[0].legend(fontsize=6, frameon=False)
-    figure.suptitle(f"Performance profiles; {results.seed_counts()}; bands: 95 % intervals", fontsize=9)
-    return figure
-
-
-def plot_tv(results, args):
+def plot_tv(results):
     """What the lag does to the data, and what the filter does about it: means over runs and environments."""
     names = {
         "lag/tv_backward": "TV on arrival, ½ mean |π_T/β - 1|",
@@ -297,20 +424,14 @@ def plot_tv(results, args):
         "lag/ess": "effective sample size on arrival",
         "filter/dropped": "share of samples dropped",
     }
-    figure, axes = panels(len(names), width=3.3)
-    styles = style(results.methods)
-    for ax, (name, title) in zip(axes, names.items(), strict=True):
-        ends = {}
-        for method in results.methods:
-            values = [results.metric(method, lag, name) for lag in results.lags]
-            if None not in values:
-                ax.plot(range(len(results.lags)), values, markersize=4, linewidth=1, **styles[method])
-                ends[method] = (len(results.lags) - 1, values[-1])
-        ax.set_xticks(range(len(results.lags)), results.lags)
-        ax.set_xlabel("lag (versions)")
-        ax.set_title(title, fontsize=9)
-        label_ends(ax, ends, styles)
-    figure.suptitle(f"Means over the whole runs of all environments; {results.seed_counts()}", fontsize=9)
+    figure, axes = panels(2, 2, 11, max(7, 0.6 * len(results.methods)))
+    for ax, (name, title) in zip(axes.flat, names.items(), strict=True):
+        values = {method: [results.metric(method, x, name) for x in results.xs] for method in results.methods}
+        shown = {method: [(v, v, v) for v in line] for method, line in values.items() if np.isfinite(line).any()}
+        ax.set_ylim(0, 1.05 * max((v for line in values.values() for v in line if v > 0), default=1))
+        draw_lines(ax, results, shown)
+        clean(ax, title)
+    caption(figure, f"Means over whole runs and environments, without intervals. {results.about()}")
     return figure
 
 
@@ -319,69 +440,85 @@ def markdown(header, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def tables(results, args):
+def cell(value, low, high, count):
+    """ "0.51 [0.42, 0.63] (5)": a number with its interval, if there is one, and how many seeds it is from."""
+    bounds = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
+    return f"{value:.2f}{bounds} ({count})" if np.isfinite(value) else ""
+
+
+def spread(values):
+    """ "1050 ± 120 (5)": mean, standard deviation, and how many seeds they are from."""
+    deviation = f" ± {np.std(values, ddof=1):.0f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.0f}{deviation} ({len(values)})" if values else ""
+
+
+def programs(results):
+    """Which programs the runs are of: where a script has changed, its runs may differ by rounding."""
+    runs = [(method, run) for (method, *_), part in results.cells.items() for run in part.values()]
+    kinds = [(m, f"{r['command'][0]} {r['script']}" if "script" in r else f"commit {r['commit']}") for m, r in runs]
+    counts = ", ".join(f"{program} ({count})" for program, count in sorted(Counter(p for _, p in kinds).items()))
+    mixed = [method for method in results.methods if len({program for m, program in kinds if m == method}) > 1]
+    text = f"Programs, and how many runs: {counts}. Commits: {', '.join(sorted({run['commit'] for _, run in runs}))}."
+    warning = f" Methods with runs of several programs: {', '.join(mixed)}." if mixed else ""
+    return f"{text}{warning} A run is reproduced exactly by its own commit."
+
+
+def tables(results):
     """All tables, as markdown: IQM, returns per environment, probability of improvement, metrics."""
-    commits = ", ".join(sorted({run["commit"] for run in results.runs.values()}))
-    parts = [f"Runs of {results.steps:,} steps; {results.seed_counts()}; lag in versions; commits {commits}."]
+    methods, xs = results.methods, results.xs
+    header, parts = ["", *map(results.at, xs)], [f"{results.about()} In parentheses: seeds."]
     if results.raw:
-        nothing = f"no method is better than untrained at lag {min(results.lags)}"
-        parts.append(f"NOT NORMALISED, only shifted, because {nothing}: {', '.join(results.raw)}.")
-    diverged = [f"{', '.join(map(str, key))}" for key, run in results.runs.items() if run["return"] is None]
-    if diverged:
-        parts.append(f"Diverged, counted as untrained: {'; '.join(diverged)} (method, environment, lag, seed).")
-
-    def cell(values, form="{:.2f}"):
-        value, low, high = (form.format(v) for v in values)
-        return f"{value} [{low}, {high}]" if "nan" not in (value, low) else value.replace("nan", "")
-
-    def spread(column):
-        if len(column) < 2:
-            return f"{column[0]:.0f} (1)" if column else ""
-        return f"{np.mean(column):.0f} ± {np.std(column, ddof=1):.0f} ({len(column)})"
-
-    header = ["", *(f"lag {lag}" for lag in results.lags)]
-    rows = [
-        [
-            method,
-            *(cell(interval(results.scores(method, lag), metrics.aggregate_iqm, args.reps)) for lag in results.lags),
-        ]
-        for method in results.methods
+        parts.append(f"NOT NORMALISED, only shifted, as no method is better than untrained: {', '.join(results.raw)}.")
+    lost = [
+        [m, e, f"{x:g}", s]
+        for (m, e, x), part in results.cells.items()
+        for s, run in part.items()
+        if run["return"] is None
     ]
-    parts.append(f"**IQM of normalised scores**, 95 % stratified bootstrap intervals\n\n{markdown(header, rows)}")
+    if lost:
+        names = "; ".join(", ".join(map(str, key)) for key in lost)
+        parts.append(
+            f"Without a return (diverged), counted as untrained: {names} (method, environment, {results.x_name}, seed)."
+        )
+
+    def add(heading, row, shown=methods):
+        rows = [[method, *(row(method, x) for x in xs)] for method in shown]
+        if rows := [row for row in rows if any(row[1:])]:
+            parts.append(f"**{heading}\n\n{markdown(header, rows)}")
+
+    text = "IQM of normalised scores**, 95 % stratified bootstrap intervals; from few seeds they are too narrow"
+    add(text, lambda m, x: cell(*results.iqm[m, x], len(results.seeds(m, x))))
     for env_id in results.env_ids:
-        rows = []
-        for method in results.methods:
-            columns = [results.returns(method, env_id, lag) for lag in results.lags]
-            rows.append([method, *map(spread, columns)])
-        zero, one = results.zero[env_id], results.one[env_id]
-        title = f"**{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score"
-        parts.append(f"{title} 0 is {zero:.0f}, 1 is {one:.0f}\n\n{markdown(header, rows)}")
-    if "VACO" in results.methods:
-        found, nothing = improvements(results, args), (np.nan,) * 3
-        rows = [
-            [method, *(cell(found.get((lag, method), nothing)) for lag in results.lags)]
-            for method in results.methods
-            if method != "VACO"
-        ]
-        parts.append(f"**Probability that a run of VACO is better than one of**\n\n{markdown(header, rows)}")
+        text = f"{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score 0 is"
+        text += f" {results.zero[env_id]:.0f} (untrained), 1 is {results.one[env_id]:.0f} ({results.best[env_id]})"
+        add(text, lambda m, x, env_id=env_id: spread(list(results.returns(m, env_id, x).values())))
+    parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")
+    if "IMPALA" in methods:
+        parts.append("IMPALA has the others' learning rate and number of gradient steps; its own are one epoch's.")
+    published = [[env_id, *PUBLISHED[env_id]] for env_id in results.env_ids if env_id in PUBLISHED]
+    if published and results.steps == 1_000_000:
+        table = markdown(["", "CleanRL, v4", "tianshou, v3"], published)
+        parts.append(f"**Published returns of PPO after 1M steps**\n\n{table}")
+    if results.improvement:
+        count = {(m, x): len(results.seeds(m, x)) for m in methods for x in xs}
+        text = "Probability that a run of VACO is better than one of** (seeds of VACO, of the other)"
+        others = [method for method in methods if method != "VACO"]
+        add(text, lambda m, x: cell(*results.improvement[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
     for name in ("lag/tv_backward", "lag/tv_forward", "lag/tv_total", "lag/ess", "filter/dropped", "filter/gate_open"):
-        rows = [[m, *(results.metric(m, lag, name) for lag in results.lags)] for m in results.methods]
-        rows = [[m, *(f"{value:.3f}" for value in row)] for m, *row in rows if None not in row]
-        if rows:
-            parts.append(f"**{name}**, mean over the runs of all environments\n\n{markdown(header, rows)}")
-    return "\n\n".join(parts) + "\n"
+        row = {(m, x): results.metric(m, x, name) for m in methods for x in xs}
+        text = f"{name}**, mean over the runs of all environments"
+        add(text, lambda m, x, row=row: f"{row[m, x]:.3f}" if np.isfinite(row[m, x]) else "")
+    return "\n\n".join([*parts, programs(results)]) + "\n"
 
 
 def main(args):
-    results = Results(args.results, args.methods)
+    results = Results(args)
     out = args.out or args.results[0].with_suffix("")
-    out.with_name(f"{out.name}.md").write_text(tables(results, args))
-    plots = {"return": plot_return, "curves": plot_curves, "profile": plot_profile, "tv": plot_tv}
-    if "VACO" in results.methods:
-        plots["improvement"] = plot_improvement
+    out.with_name(f"{out.name}.md").write_text(tables(results))
+    plots = {"main": plot_main, "return": plot_return, "curves": plot_curves, "profile": plot_profile, "tv": plot_tv}
     for name, plot in plots.items():
-        figure = plot(results, args)
-        figure.savefig(out.with_name(f"{out.name}_{name}.png"), dpi=130)
+        figure = plot(results)
+        figure.savefig(out.with_name(f"{out.name}_{name}.png"), dpi=150)
         plt.close(figure)
     print(f"wrote {out}.md and {', '.join(f'{out.name}_{name}.png' for name in plots)}")
 

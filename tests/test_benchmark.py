@@ -1,18 +1,24 @@
 """benchmark/: a study from the command line to its tables, and the statistics by hand."""
 
+import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from matplotlib.text import Text
 
 sys.path.insert(0, str(REPOSITORY / "benchmark"))
 import plot
+import run as runner
 import throughput
 
 RUN = [sys.executable, str(REPOSITORY / "benchmark" / "run.py"), "--out", "results.jsonl", "--env-ids", "Hopper-v4"]
@@ -36,10 +42,10 @@ def test_the_lag_study_runs_from_one_command_to_its_figures():
     for run in runs:
         assert run["return"] > 0 and run["episodes"] > 0 and len(run["returns"]) == len(run["grid"]) == 20
         assert run["metrics"]["lag/versions_max"] == 0 if run["lag"] == 0 else run["metrics"]["lag/versions_max"] > 0
-        assert run["commit"] and run["torch"] and run["command"][0].endswith(".py")
+        assert run["commit"] and run["torch"] and run["script"] == runner.fingerprint(run["command"][0])
     assert "| VACO |" in tables.read_text() and "| untrained |" not in tables.read_text()
-    for figure in ("return", "curves", "improvement", "profile", "tv"):
-        assert tables.with_name(f"mujoco_lag_{figure}.png").stat().st_size > 10_000
+    for figure in ("main", "return", "curves", "profile", "tv"):
+        assert tables.with_name(f"mujoco_lag_{figure}.png").exists()
 
 
 @pytest.mark.slow
@@ -49,6 +55,8 @@ def test_a_study_goes_on_where_it_was_and_names_what_failed():
     assert first.returncode == 1
     assert "FAILED: vaco_async_mujoco.py --env-id Hopper-v4" in first.stderr + first.stdout
     assert "type --num-minibatches 2" in first.stderr + first.stdout and "1 of 2 runs failed" in first.stderr
+    (log,) = Path("results.jsonl.logs").iterdir()
+    assert "type --num-minibatches 2" in log.read_text() and str(log) in first.stderr + first.stdout
     lines = Path("results.jsonl").read_text()
     assert len(lines.splitlines()) == 1 and json.loads(lines)["method"] == "VACO"
     assert bash(*study, "--dry-run").stdout.splitlines() == [
@@ -63,7 +71,7 @@ def test_methods_keep_their_own_flags_and_take_more():
     listed = bash(*RUN, "--flags=--update-epochs 2", "--methods", "IMPALA", "IMPALA, 1 epoch", "--dry-run").stdout
     assert [re.findall(r"--update-epochs (\d+)", line)[-1] for line in listed.splitlines()] == ["20", "1"]
     unknown = bash(*RUN, "--methods", "PPO", "--dry-run")
-    assert unknown.returncode == 1 and "--methods PPO: must begin with one of VACO" in unknown.stderr
+    assert unknown.returncode == 2 and "--methods PPO: must begin with one of VACO" in unknown.stderr
 
 
 @pytest.mark.parametrize("flags", [["--seeds", "0"], ["--seeds"], ["--steps", "many"], ["--sneeds", "3"]])
@@ -72,22 +80,83 @@ def test_wrong_options_of_a_study_are_one_line(flags):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and flags[0] in done.stderr
 
 
-def write_runs(returns):
-    """A file of results from {(method, env_id, lag): [return per seed]}."""
-    lines = []
-    for (method, env_id, lag), scores in returns.items():
-        for seed, score in enumerate(scores):
-            run = {"method": method, "env_id": env_id, "lag": lag, "seed": seed, "return": score, "steps": 100}
-            run |= {"command": [method, env_id, lag, seed], "lag_schedule": "mixture", "commit": "abc"}
-            run |= {"grid": [50, 100], "returns": [score, score], "metrics": {"lag/tv_backward": 0.1 * lag}}
-            lines.append(json.dumps(run))
-    path = Path("synthetic.jsonl")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def test_an_interrupted_study_starts_no_more_runs():
+    """Ctrl-C reaches the shell and the runner, which must not seem to have had a failed run."""
+    study = Path("study.sh")
+    steps = f"--out r.jsonl --env-ids Hopper-v4 --flags='{SHORT.removeprefix('--flags=')}' --methods"
+    lines = [
+        f"seeds=1 steps=1000000\nsource {REPOSITORY}/benchmark/options.sh",
+        f"run {steps} VACO",
+        f"run {steps} SPO",
+    ]
+    study.write_text("\n".join([*lines, "echo went on"]))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with open("out", "w") as out, open("errors", "w") as errors:
+        environment = os.environ | {"PATH": path}
+        process = subprocess.Popen(
+            ["bash", "study.sh"], env=environment, stdout=out, stderr=errors, start_new_session=True
+        )
+    end = time.monotonic() + 60
+    while "0/1" not in Path("errors").read_text() and time.monotonic() < end:  # the bar: the first run is on its way
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130 and "went on" not in Path("out").read_text()
+    errors = Path("errors").read_text()
+    assert "interrupted; the same command goes on" in errors and "Traceback" not in errors
+
+
+def test_a_half_written_record_is_skipped_and_never_added_to(capsys):
+    path = Path("results.jsonl")
+    path.write_text('{"seed": 1}\n{"seed": 2, "ret')
+    runner.append_record(path, {"seed": 3})
+    runner.append_record(path, {"seed": 4})
+    assert runner.read_records(path) == [{"seed": 1}, {"seed": 3}, {"seed": 4}]
+    assert "results.jsonl, line 2: no record" in capsys.readouterr().err
+    runner.append_record(Path("new.jsonl"), {"seed": 1})
+    assert Path("new.jsonl").read_text() == '{"seed": 1}\n'
+
+
+def test_a_run_that_ends_without_a_word_is_a_failure():
+    with pytest.raises(RuntimeError, match="exit code 137"):
+        runner.outcome(137, "", ".", 100)
+
+
+def record(method, env_id, lag, seed, value, **changes):
+    result = {"method": method, "env_id": env_id, "lag": lag, "seed": seed, "return": value, "steps": 100}
+    result |= {"command": ["x.py", method, env_id, lag, seed], "lag_schedule": "mixture", "commit": "abc"}
+    result |= {"grid": [50, 100], "returns": [value, value], "metrics": {"lag/tv_backward": 0.1 * lag + seed}}
+    return result | changes
+
+
+def results_of(returns, *more, **args):
+    """Results of {(method, env_id, lag): [return per seed]}, and of more records."""
+    records = [record(*key, seed, value) for key, column in returns.items() for seed, value in enumerate(column)]
+    Path("synthetic.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*records, *more]))
+    return plot.Results(plot.Args((Path("synthetic.jsonl"),), **{"reps": 50} | args))
+
+
+def drawn(ax):
+    """The line with intervals of each method in a figure: {method: (values, [(low, high), ...])}."""
+    lines = {}
+    for line in ax.containers:
+        segments = line.lines[2][0].get_segments()
+        lines[line.get_label()] = line.lines[0].get_ydata(), [tuple(ends[:, 1]) for ends in segments if len(ends)]
+    return lines
+
+
+def rows_of(markdown, heading):
+    """The rows of the table under a heading: {first cell: [the others]}."""
+    table = markdown.split(heading)[1].split("\n\n")[1].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table]
+    return {name: cells for name, *cells in rows}
+
+
+def caption_of(figure):
+    return figure.get_supxlabel().replace("\n", " ")
 
 
 def test_scores_are_normalised_by_untrained_and_the_best_mean_without_lag():
-    path = write_runs(
+    results = results_of(
         {
             ("untrained", "A", 0): [10.0, 30.0],
             ("VACO", "A", 0): [100.0, 140.0],
@@ -95,14 +164,25 @@ def test_scores_are_normalised_by_untrained_and_the_best_mean_without_lag():
             ("VACO", "A", 4): [1000.0, 20.0, 70.0],
         }
     )
-    results = plot.Results([path])
-    assert (results.zero, results.one) == ({"A": 20.0}, {"A": 220.0})
+    assert (results.zero, results.one, results.best) == ({"A": 20.0}, {"A": 220.0}, {"A": "SPO"})
     np.testing.assert_allclose(results.scores("VACO", 4)[:, 0], [4.9, 0.0, 0.25])
     assert results.methods == ["VACO", "SPO"]
+    assert "0 is 20 (untrained), 1 is 220 (SPO)" in plot.tables(results)
+
+
+def test_the_one_of_scores_is_of_a_method_with_as_many_seeds_as_any():
+    """The mean of few seeds is the best of all too easily."""
+    returns = {("untrained", "A", 0): [0.0], ("VACO", "A", 0): [1.0] * 5, ("SPO", "A", 0): [9.0] * 3}
+    results = results_of(returns)
+    assert (results.one, results.best) == ({"A": 1.0}, {"A": "VACO"})
+    assert "seeds: 3 to 5" in caption_of(plot.plot_main(results))
+    # Nor of one that is ahead on one environment only
+    results = results_of({**returns, ("untrained", "B", 0): [0.0], ("VACO", "B", 0): [1.0], ("SPO", "B", 0): [2.0] * 3})
+    assert results.best == {"A": "SPO", "B": "SPO"}
 
 
 def test_statistics_by_hand():
-    path = write_runs(
+    results = results_of(
         {
             ("untrained", "A", 0): [0.0],
             ("untrained", "B", 0): [0.0],
@@ -110,17 +190,163 @@ def test_statistics_by_hand():
             ("VACO", "B", 0): [1.0, 2.0, 3.0, 100.0],
             ("SPO", "A", 0): [2.5, 2.5, 2.5, 2.5],
             ("SPO", "B", 0): [0.5, 0.5, 2.5, 0.5, 9.0],
-        }
+        },
+        reps=200,
     )
-    results = plot.Results([path])
     results.one = {"A": 1.0, "B": 1.0}
-    value, low, high = plot.interval(results.scores("VACO", 0), plot.metrics.aggregate_iqm, 200)
+    value, low, high = results.iqm["VACO", 0]
     assert value == 2.5 and low < 2.5 < high  # the middle half of 1 1 2 2 3 3 100 100
-    args = plot.Args((path,), reps=200)
     # VACO is better in 2 of 4 x 4 pairs per value on A; on B, where SPO's fifth seed is left out: it is not on A
     on_a, on_b = 2 / 4, np.mean([(v > s) for v in (1, 2, 3, 100) for s in (0.5, 0.5, 2.5, 0.5)])
-    assert plot.improvements(results, args)[0, "SPO"][0] == pytest.approx((on_a + on_b) / 2)
-    assert plot.Results([path]).seed_counts() == "4 seeds"
+    assert results.improvement["SPO", 0][0] == pytest.approx((on_a + on_b) / 2)
+    ours, theirs = np.random.default_rng(0).integers(0, 4, (2, 5, 3)).astype(float)  # with ties
+    expected = plot.metrics.probability_of_improvement(ours, theirs)
+    assert plot.probability_of_improvement(ours, theirs) == pytest.approx(expected)
+
+
+def test_intervals_are_of_95_percent_stratified_and_the_same_at_every_call():
+    scores = np.array([[0.0], [0.0], [0.0], [0.0], [1.0]])
+    # The mean of five draws is binomial: 0.942 of it is at 0.4 or below, 0.993 at 0.6, and a third at 0
+    assert plot.interval(scores, np.mean, 2000) == (0.2, 0.0, 0.6)
+    scores = np.random.default_rng(0).normal(size=(5, 2))
+    assert plot.interval(scores, np.mean, 50) == plot.interval(scores, np.mean, 50)
+    assert plot.interval((scores, scores + 0.1), plot.probability_of_improvement, 50) == plot.interval(
+        (scores, scores + 0.1), plot.probability_of_improvement, 50
+    )
+    # Seeds agree, environments differ: drawing environments would give it a width
+    assert plot.interval(np.tile([0.0, 100.0], (5, 1)), np.mean, 50) == (50.0, 50.0, 50.0)
+    np.testing.assert_equal(plot.interval(scores[:2], np.mean, 50)[1:], (np.nan, np.nan))  # two may agree by chance
+
+
+TWO_LAGS = {
+    ("untrained", "A", 0): [0.0],
+    ("untrained", "B", 0): [0.0],
+    ("VACO", "A", 0): [1.0, 1.0, 1.0, 1.0],  # worse without lag, better with it
+    ("VACO", "B", 0): [100.0, 100.0, 100.0, 100.0],
+    ("SPO", "A", 0): [2.0, 2.0, 2.0, 2.0],
+    ("SPO", "B", 0): [200.0, 200.0, 200.0, 200.0],
+    ("VACO", "A", 4): [1.2, 1.2, 1.2, 100.0],  # an outlier, which the IQM leaves out
+    ("VACO", "B", 4): [180.0, 180.0, 180.0, 180.0],
+    ("SPO", "A", 4): [0.0, 0.4, 0.8],
+    ("SPO", "B", 4): [0.0, 40.0, 80.0],
+}
+
+
+def test_the_main_figure_and_the_tables_show_the_statistics_at_their_lags():
+    results = results_of(TWO_LAGS)
+    ax, *parts = plot.plot_main(results).axes
+    # VACO at lag 4: the middle of 0.6 0.6 0.6 0.9 0.9 0.9 0.9 50. Its mean is 7, its median 0.9
+    iqm = {"VACO": [0.5, 0.825], "SPO": [1.0, 0.2]}
+    for method, (values, intervals) in drawn(ax).items():
+        np.testing.assert_allclose(values, iqm[method])
+        np.testing.assert_allclose(intervals, [results.iqm[method, lag][1:] for lag in (0, 4)])
+    assert [part.get_title(loc="left") for part in parts] == ["lag 0", "lag 4"]
+    better = [[line.get_xdata()[0] for line in part.lines if line.get_label() == "SPO"] for part in parts]
+    assert better == [[0.0], [1.0]]
+    assert "mixture of lag k" in caption_of(ax.figure) and "seeds: 3 to 4" in caption_of(ax.figure)
+    tables = plot.tables(results)
+    assert rows_of(tables, "IQM of normalised")["VACO"][0] == "0.50 [0.50, 0.50] (4)"
+    assert rows_of(tables, "IQM of normalised")["VACO"][1].startswith(("0.82 [", "0.83 ["))
+    assert rows_of(tables, "**A**") == {"VACO": ["1 ± 0 (4)", "26 ± 49 (4)"], "SPO": ["2 ± 0 (4)", "0 ± 0 (3)"]}
+    assert rows_of(tables, "Probability that") == {"SPO": ["0.00 [0.00, 0.00] (4, 4)", "1.00 [1.00, 1.00] (4, 3)"]}
+    assert rows_of(tables, "lag/tv_backward")["SPO"] == ["1.500", "1.400"]  # of all seeds: 0.1 lag + mean(seed)
+
+
+def test_returns_curves_and_profiles_show_each_environment_and_lag():
+    results = results_of(TWO_LAGS)
+    on_a, on_b = plot.plot_return(results).axes
+    np.testing.assert_allclose(drawn(on_a)["SPO"][0], [2.0, 0.4])
+    np.testing.assert_allclose(drawn(on_b)["SPO"][0], [200.0, 40.0])
+    points = [line for line in on_b.lines if line.get_marker() == "." and len(line.get_ydata()) == 3]
+    np.testing.assert_allclose(points[0].get_ydata(), [0.0, 40.0, 80.0])  # each seed
+    axes = plot.plot_curves(results).axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["A, lag 0", "A, lag 4", "B, lag 0", "B, lag 4"]
+    curves = {line.get_label(): line.get_ydata() for line in axes[3].lines}
+    np.testing.assert_allclose(curves["VACO"], [180.0, 180.0])
+    for ax, lag in zip(plot.plot_profile(results).axes, (0, 4), strict=True):
+        for line in ax.lines:
+            taus, scores = line.get_xdata(), results.scores(line.get_label(), lag)
+            np.testing.assert_allclose(line.get_ydata(), [(scores > tau).mean() for tau in taus])
+    tv = plot.plot_tv(results).axes[0]
+    np.testing.assert_allclose(drawn(tv)["VACO"][0], [1.5, 1.9])
+
+
+def test_labels_at_the_ends_of_lines_do_not_overlap():
+    methods = ["VACO", "PPO-clip", "PPO-KL", "SPO", "decoupled PPO", "IMPALA", "IMPALA, 1 epoch", "VACO, no filter"]
+    returns = {(method, "A", lag): [50.0 + i / 9] for i, method in enumerate(methods) for lag in (0, 4)}
+    results = results_of({("untrained", "A", 0): [0.0], **returns, ("VACO, no alignment", "A", 4): [0.0]})
+    for draw in (plot.plot_main, plot.plot_return, plot.plot_curves):
+        figure = draw(results)
+        figure.canvas.draw()
+        for ax in figure.axes:
+            boxes = sorted(
+                (Text.get_window_extent(text) for text in ax.texts), key=lambda box: box.y0
+            )  # without leaders
+            assert len(boxes) in (0, 8, 9) and len({round(box.x0) for box in boxes}) <= 1
+            assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+            assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    few, many = plot.style(["SPO", "VACO"]), plot.style(["VACO", "PPO-clip", "VACO --tv-threshold 0.1", "new", "SPO"])
+    assert few["SPO"] == many["SPO"] and few["VACO"] == many["VACO"]
+    looks = [(str(look["color"]), look["marker"], str(look["linestyle"])) for look in plot.style(plot.LOOKS).values()]
+    assert len(set(looks)) == len(looks) == len({marker for _, marker, _ in looks})
+
+
+def test_few_seeds_and_missing_cells_are_said():
+    results = results_of(
+        {
+            ("untrained", "A", 0): [0.0],
+            ("VACO", "A", 0): [1.0, 2.0],
+            ("VACO", "A", 4): [1.0, 2.0, 3.0],
+            ("SPO", "A", 4): [1.0],
+        }
+    )
+    assert "seeds: 1 to 3." in caption_of(plot.plot_main(results))
+    tables = plot.tables(results)
+    assert rows_of(tables, "IQM of normalised")["SPO"] == ["", "0.67 (1)"]
+    assert rows_of(tables, "lag/tv_backward")["SPO"] == ["", "0.400"]
+    texts = [[text.get_text() for text in ax.texts] for ax in plot.plot_profile(results).axes]
+    assert texts == [["no runs"], []]
+    assert "SPO" in drawn(plot.plot_tv(results).axes[0])
+
+
+def test_a_flag_of_the_methods_can_be_the_x_axis():
+    """As in benchmark/ablation.sh: more and more updates at lag 0, budgets and other parts at lag 8."""
+    epochs = {
+        (f"{method} --update-epochs {n}", "A", 0): [n * scale] * 3
+        for n in (1, 4, 10, 20)
+        for method, scale in (("VACO", 1.0), ("PPO-clip", 0.5))
+    }
+    untrained = {("untrained", "A", 0): [0.0]}
+    results = results_of(untrained | epochs, x="update-epochs")
+    assert (results.methods, results.xs) == (["VACO", "PPO-clip"], [1, 4, 10, 20])
+    ax, *parts = plot.plot_main(results).axes
+    np.testing.assert_allclose(drawn(ax)["PPO-clip"][0], [0.025, 0.1, 0.25, 0.5])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "10", "20"] and len(parts) == 4
+    assert ax.get_xlabel() == "update epochs" and "k = 0; seeds: 3." in caption_of(ax.figure)
+    assert rows_of(plot.tables(results), "Probability that")["PPO-clip"][2] == "1.00 [1.00, 1.00] (3, 3)"
+
+    parts = {(m, "A", 8): [1.0] * 3 for m in ("VACO", "VACO, no filter", "VACO --tv-threshold 0.1", "PPO-clip")}
+    lag8 = untrained | {("VACO", "A", 0): [2.0] * 3} | parts
+    sweep = results_of(lag8, x="tv-threshold=0.2", lags=(8,), methods=("VACO", "VACO --tv-threshold 0.1"))
+    assert (sweep.methods, sweep.xs, sweep.one) == (["VACO"], [0.1, 0.2], {"A": 2.0})
+    assert results_of(lag8, x="tv-threshold", lags=(8,)).xs == [0.1]
+    results = results_of(lag8, lags=(8,))
+    ax, part = plot.plot_main(results).axes  # one place: a row per method
+    names = ["VACO", "VACO --tv-threshold 0.1", "PPO-clip", "VACO, no filter"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    assert [label.get_text() for label in part.get_yticklabels()] == names[1:]
+    for wrong, message in (
+        ({"x": "tv-threshold"}, "one lag at a time, type --lags 8"),
+        ({"x": "gamma", "lags": (8,)}, "nothing to show"),
+        ({"lags": (5,)}, "--lags 5: not in the results, which have 0, 8"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            results_of(lag8, **wrong)
+    with pytest.raises(SystemExit, match="there twice"):
+        results_of({**lag8, ("VACO --tv-threshold 0.2", "A", 8): [1.0]}, x="tv-threshold=0.2", lags=(8,))
 
 
 def test_a_diverged_run_is_recorded_and_counts_as_untrained():
@@ -128,36 +354,68 @@ def test_a_diverged_run_is_recorded_and_counts_as_untrained():
     flags = "--flags=--num-actors 1 --num-envs 2 --num-steps 64 --num-minibatches 2 --max-grad-norm 1e12"
     done = bash(*RUN, "--steps", "256", flags, "--methods", "VACO --learning-rate 1e12")
     assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads(Path("results.jsonl").read_text())
-    assert record["return"] is None and "not finite" in record["diverged"] and record["commit"]
-    path = write_runs({("untrained", "A", 0): [10.0], ("VACO", "A", 0): [30.0, None], ("SPO", "A", 0): [50.0, 50.0]})
-    results = plot.Results([path])
-    np.testing.assert_allclose(results.scores("VACO", 0)[:, 0], [0.5, 0.0])
-    assert "Diverged, counted as untrained: VACO, A, 0, 1" in plot.tables(results, plot.Args((path,), reps=50))
+    found = json.loads(Path("results.jsonl").read_text())
+    assert found["return"] is None and "not finite" in found["diverged"] and found["commit"]
+    assert len(found["returns"]) == len(found["grid"]) == 20
+    grid = [25, 50, 75, 100]
+    old = record("VACO", "A", 0, 2, None, metrics={})  # as older records have it
+    del old["grid"], old["returns"]
+    results = results_of(
+        {},
+        record("VACO", "A", 0, 0, 30.0, grid=grid, returns=[10.0, None, 20.0, 30.0], metrics={"lag/ess": 0.5}),
+        record("VACO", "A", 0, 1, None, grid=grid, returns=[12.0, 14.0, None, None], metrics={}),
+        old,
+        record("untrained", "A", 0, 0, 10.0, grid=grid, returns=[10.0] * 4),
+        *(record("SPO", "A", 0, seed, 50.0, grid=grid, returns=[50.0] * 4) for seed in range(3)),
+    )
+    np.testing.assert_allclose(results.scores("VACO", 0)[:, 0], [0.5, 0.0, 0.0])
+    places, curves = results.curves("VACO", "A", 0)
+    np.testing.assert_allclose(places, grid)
+    np.testing.assert_allclose(curves, [[10, 15, 20, 30], [12, 14, 10, 10], [10, 10, 10, 10]])
+    assert results.metric("VACO", 0, "lag/ess") == 0.5
+    assert "counted as untrained: VACO, A, 0, 1; VACO, A, 0, 2" in plot.tables(results)
+    assert "(diverged), counted as untrained: 2." in caption_of(plot.plot_main(results))
+
+
+def test_runs_of_several_programs_are_named():
+    """Records of older runs have a commit only."""
+    results = results_of(
+        {("untrained", "A", 0): [0.0]},
+        *(record("VACO", "A", 0, seed, 1.0, script="aaa", commit=f"c{seed}") for seed in range(3)),
+        *(record("SPO", "A", 0, seed, 1.0, script=script) for seed, script in enumerate(("aaa", "bbb"))),
+        record("PPO-KL", "A", 0, 0, 1.0, commit="old"),
+    )
+    text = plot.programs(results)
+    assert "commit old (1), x.py aaa (4), x.py bbb (1). Commits: abc, c0, c1, c2, old." in text
+    assert "Methods with runs of several programs: SPO." in text
+
+
+def test_published_returns_stand_beside_runs_of_1m_steps():
+    runs = [record("VACO", "Hopper-v4", 0, 0, 2500.0, steps=steps) for steps in (100, 1_000_000)]
+    zeros = [record("untrained", "Hopper-v4", 0, 0, 10.0, steps=steps) for steps in (100, 1_000_000)]
+    assert "Published" not in plot.tables(results_of({}, runs[0], zeros[0]))
+    assert rows_of(plot.tables(results_of({}, runs[1], zeros[1])), "Published") == {"Hopper-v4": ["2383 ± 272", "2609"]}
 
 
 def test_results_that_cannot_be_compared_are_refused():
     with pytest.raises(SystemExit, match='no run of the method "untrained" on A'):
-        plot.Results([write_runs({("VACO", "A", 0): [1.0]})])
-    path = write_runs({("VACO", "A", 0): [2.0], ("untrained", "A", 0): [1.0]})
-    lines = path.read_text()
-    for change in (('"steps": 100', '"steps": 200'), ('"mixture"', '"fixed"')):
-        path.write_text(lines.replace(*change, 1))
+        results_of({("VACO", "A", 0): [1.0]})
+    runs = {("VACO", "A", 0): [2.0], ("untrained", "A", 0): [1.0]}
+    for changes in ({"steps": 200}, {"lag_schedule": "fixed"}):
         with pytest.raises(SystemExit, match="runs are no one study, but "):
-            plot.Results([path])
-    path.write_text(lines + lines.splitlines()[0].replace('"command": ["VACO"', '"command": ["VACO --lr"') + "\n")
+            results_of(runs, record("VACO", "A", 0, 1, 2.0, **changes))
     with pytest.raises(SystemExit, match="two different runs are VACO, A, 0, 0"):
-        plot.Results([path])
-    path.write_text(lines)
-    with pytest.raises(SystemExit, match="--methods VACOO: not in the results, which have VACO"):
-        plot.Results([path], ("VACOO",))
+        results_of(runs, record("VACO", "A", 0, 0, 2.0, command=["x.py", "--lr"]))
+    with pytest.raises(SystemExit, match="--methods VACOO: not in the results, which have 'VACO'"):
+        results_of(runs, methods=("VACOO",))
+    with pytest.raises(SystemExit, match=r"no runs in synthetic\.jsonl"):
+        results_of({})
 
 
 def test_scores_that_cannot_be_normalised_are_marked():
-    path = write_runs({("untrained", "A", 0): [20.0], ("VACO", "A", 0): [10.0], ("SPO", "A", 0): [0.0]})
-    results = plot.Results([path])
+    results = results_of({("untrained", "A", 0): [20.0], ("VACO", "A", 0): [10.0], ("SPO", "A", 0): [0.0]})
     assert results.scores("VACO", 0)[0, 0] > results.scores("SPO", 0)[0, 0]  # not upside down
-    assert "NOT NORMALISED" in plot.tables(results, plot.Args((path,), reps=50))
+    assert "NOT NORMALISED" in plot.tables(results)
 
 
 def test_speed_leaves_out_the_start():
