@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# What the parts of VACO do: under backward lag (mixture, lag 8), and under forward lag (more and more updates, lag 0).
+# What the parts of VACO do: under backward lag (mixture, lag 8), beside others with wider trust regions, too, because only
+# VACO's is as wide as 0.2; and under forward lag (more and more updates, lag 0).
 #   bash benchmark/ablation.sh [--seeds 3] [--steps 300000] [--workers 2] [--smoke]
 seeds=3 steps=300000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4"
-parts=("VACO" "VACO, no filter" "VACO, no alignment" "VACO --no-filter --no-align" "VACO --tv-anchor learner")
-parts+=("VACO --tv-threshold 0.05" "VACO --tv-threshold 0.1" "VACO --tv-threshold 0.4")
+parts=("VACO, no filter" "VACO, no alignment" "VACO --no-filter --no-align" "VACO --tv-anchor learner")
+parts+=("PPO-clip" "PPO-clip --clip-coef 0.4" "SPO" "SPO --spo-eps 0.4")
+budgets=("VACO" "VACO --tv-threshold 0.05" "VACO --tv-threshold 0.1" "VACO --tv-threshold 0.4")
 epochs=()
 for n in 1 4 10 20; do epochs+=("VACO --update-epochs $n" "PPO-clip --update-epochs $n"); done
-[ $smoke ] && envs="Hopper-v4" parts=("VACO" "VACO --tv-threshold 0.05") epochs=("VACO --update-epochs 1")
+if [ $smoke ]; then
+    envs="Hopper-v4" parts=() budgets=("VACO" "VACO --tv-threshold 0.05")
+    epochs=("VACO --update-epochs 1" "VACO --update-epochs 2")
+fi
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
 common=(--env-ids $envs --flags="$actors")
 for part in lag8 epochs; do
@@ -16,7 +21,8 @@ for part in lag8 epochs; do
 done
 common+=(--seeds $(seq 1 "$seeds"))
 run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "VACO" --lags 0 # the one of normalised scores
-run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "${parts[@]}" --lags 8
+run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "${budgets[@]}" "${parts[@]}" --lags 8
 run --out "$results/${study}_epochs.jsonl" "${common[@]}" --methods "${epochs[@]}" --lags 0
-plot "$results/${study}_lag8.jsonl"
-plot "$results/${study}_epochs.jsonl"
+plot "$results/${study}_lag8.jsonl" --lags 8
+plot "$results/${study}_lag8.jsonl" --lags 8 --x tv-threshold=0.2 --methods "${budgets[@]}" --out "$results/${study}_threshold"
+plot "$results/${study}_epochs.jsonl" --x update-epochs

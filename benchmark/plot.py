@@ -301,7 +301,7 @@ def draw_dots(ax, points, styles, named=True, seeds=None):
         ax.plot(value, row, marker, color=color, markerfacecolor=face, label=method, clip_on=False)
         if seeds:
             ax.plot(seeds[method], [row + 0.2] * len(seeds[method]), ".", markersize=3, color=color, alpha=0.6)
-    ax.set_ylim(len(points) - 0.5, -0.5)
+    ax.set_ylim(max(len(points), 1) - 0.5, -0.5)
     ax.set_yticks(range(len(points)), points if named else [""] * len(points))
     ax.tick_params(axis="y", length=0)
 
