@@ -1,5 +1,6 @@
 """benchmark/: a study from the command line to its tables, and the statistics by hand."""
 
+import importlib
 import itertools
 import json
 import os
@@ -8,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tyro
 from conftest import REPOSITORY
 from matplotlib.text import Text
 
@@ -49,6 +52,41 @@ def test_the_lag_study_runs_from_one_command_to_its_figures():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("study", ["mujoco_lag", "ablation", "mujoco_1m", "atari_lag"])
+def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
+    """All commands of the study's script, with results made up instead of runs."""
+    python = Path("bin", "python")
+    python.parent.mkdir()
+    log = f"import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(Path.cwd() / 'calls')!r}, 'a'))"
+    python.write_text(f"#!{sys.executable}\n{log}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent.resolve()}:{os.environ['PATH']}")
+    assert bash("bash", str(REPOSITORY / "benchmark" / f"{study}.sh")).returncode == 0
+    random = np.random.default_rng(0)
+    plots = []
+    for program, *flags in map(json.loads, Path("calls").read_text().splitlines()):
+        if program.endswith("plot.py"):
+            args = tyro.cli(plot.Args, args=flags)
+            out = (args.out or args.results[0].with_suffix("")).name
+            plots.append(replace(args, results=(Path(args.results[0].name),), out=Path(out), reps=20))
+            continue
+        args = tyro.cli(runner.Args, args=flags)
+        for method, env_id, lag, seed in itertools.product(args.methods, args.env_ids, args.lags, args.seeds):
+            script, *command = runner.command_of(method, env_id, seed, lag, args)
+            tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=command)  # exits if a flag is wrong
+            changes = {"steps": args.steps, "lag_schedule": args.lag_schedule, "command": [script, *command]}
+            value = 0.0 if method == "untrained" else random.uniform(100, 1000)
+            runner.append_record(Path(args.out.name), record(method, env_id, lag, seed, value, **changes))
+    assert plots
+    for args in plots:
+        plot.main(args)
+        figures = [f"{args.out}_{figure}.png" for figure in ("main", "return", "curves", "profile", "tv")]
+        assert f"wrote {args.out}.md and {', '.join(figures)}" in capsys.readouterr().out
+        assert all(Path(figure).exists() for figure in figures)
+        assert "nan" not in Path(f"{args.out}.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was_and_names_what_failed():
     study = [*RUN, "--steps", "256", SHORT, "--methods", "VACO", "VACO --num-minibatches 3"]
     first = bash(*study)
@@ -82,14 +120,13 @@ def test_wrong_options_of_a_study_are_one_line(flags):
 
 def test_an_interrupted_study_starts_no_more_runs():
     """Ctrl-C reaches the shell and the runner, which must not seem to have had a failed run."""
-    study = Path("study.sh")
     steps = f"--out r.jsonl --env-ids Hopper-v4 --flags='{SHORT.removeprefix('--flags=')}' --methods"
     lines = [
         f"seeds=1 steps=1000000\nsource {REPOSITORY}/benchmark/options.sh",
         f"run {steps} VACO",
         f"run {steps} SPO",
     ]
-    study.write_text("\n".join([*lines, "echo went on"]))
+    Path("study.sh").write_text("\n".join([*lines, "echo went on"]))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with open("out", "w") as out, open("errors", "w") as errors:
         environment = os.environ | {"PATH": path}
