@@ -6,6 +6,7 @@ import math
 import multiprocessing as mp
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,40 @@ def test_completions_end_with_the_first_stop_token_or_are_cut():
     assert prompts == expected  # nothing of a prompt is lost, and groups stay together
 
 
+def test_rewards_are_those_of_each_completion(warm_model):
+    problems, agent = make_agent(replace(SMALL, model=warm_model))
+    batch = collected(agent, problems, SMALL, rollouts=(0, 1))
+    answers = agent.decode(batch.tokens, batch.mask)
+    rewards = [problems.score(answer, problems[i // 4]) for i, answer in enumerate(answers)]
+    assert batch.rewards.tolist() == rewards != rewards[::-1] and 0 < sum(rewards) < 48
+
+
+def test_each_rollout_has_noise_of_its_own(warm_model):
+    problems, agent = make_agent(replace(SMALL, model=warm_model))
+    problems.find = lambda number, fits=None: problems.train[0]
+    batch = collected(agent, problems, SMALL, rollouts=(0, 1, 0))
+    first, second, again = batch.tokens.split(24)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    other = collected(agent, problems, replace(SMALL, seed=2)).tokens
+    assert not torch.equal(first[:, : other.shape[1]], other)
+
+
+def test_a_models_own_rules_for_sampling_do_not_hold(warm_model):
+    shutil.copytree(warm_model, "model")
+    rules = json.loads(Path("model/generation_config.json").read_text())
+    rules |= {"do_sample": True, "top_p": 0.5, "repetition_penalty": 1.3}
+    Path("model/generation_config.json").write_text(json.dumps(rules))
+    problems, agent = make_agent(replace(SMALL, model="model"))
+    batch = collected(agent, problems, SMALL)
+    logprobs = agent.get_logprobs(1, batch.prompts, batch.prompt_mask, batch.tokens, batch.mask)
+    assert (logprobs - batch.logprobs)[batch.mask].abs().max() < 1e-4
+
+
+def test_the_system_prompt_comes_first():
+    _, agent = make_agent(replace(SMALL, system_prompt="Be brief."))
+    assert agent.decode(*agent.encode(["1 + 1 ="])) == ["Be brief.\n1 + 1 =\n"]
+
+
 def test_what_the_mask_excludes_changes_nothing(warm_model):
     problems, agent = make_agent(replace(SMALL, model=warm_model))
     batch = collected(agent, problems, SMALL)
@@ -204,6 +239,7 @@ def test_group_advantages_by_hand():
     third = [0.75 / (3**0.5 / 4), *[-0.25 / (3**0.5 / 4)] * 3]
     torch.testing.assert_close(advantages, torch.tensor([1.0, -1, -1, 1, 0, 0, 0, 0, *third]), atol=1e-4, rtol=1e-4)
     assert without_variance == pytest.approx(1 / 3)
+    assert not group_advantages(torch.full((7,), 0.1), 7)[0].any()  # though their mean is not 0.1, by rounding
 
 
 class FixedAgent:
@@ -468,11 +504,13 @@ def test_a_step_makes_good_answers_likelier(warm_model):
 
 
 @pytest.mark.parametrize(("schedule", "lag"), [("async", 0), ("mixture", 2)])
-def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, capsys):
+def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, monkeypatch, capsys):
+    batches, load = [], Completions.batch
+    monkeypatch.setattr(Completions, "batch", lambda *inputs: batches.append(load(*inputs)) or batches[-1])
     args = replace(SMALL, model=warm_model, lag_schedule=schedule, lag=lag, num_actors=2)
     agent = train(replace(args, kl_coef=0.01, warmup_batches=3, top_k=3 * lag))
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
-    curves, _ = read_run()
+    curves, run = read_run()
     expected = {
         "charts": {"accuracy", "reward", "completion_length", "learning_rate", "tokens_per_second"},
         "losses": {"policy_loss", "entropy", "old_approx_kl", "approx_kl", "grad_norm", "reference_kl"},
@@ -488,8 +526,19 @@ def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, capsys):
     assert curves["charts/learning_rate"] == pytest.approx(rates)
     assert len(curves["charts/reward"]) == 5 and len(curves["charts/accuracy"]) == 4  # before, after 2, 4 and 5
     assert max(curves["lag/versions_max"]) <= lag or schedule == "async"
+    assert curves["charts/reward"] == pytest.approx([batch.rewards.mean().item() for batch in batches])
+    lengths = [batch.mask.sum(1).float().mean().item() for batch in batches]
+    assert curves["charts/completion_length"] == pytest.approx(lengths)
+    same = [(rewards == rewards[:, :1]).all(1).float().mean() for rewards in (b.rewards.view(-1, 4) for b in batches)]
+    assert curves["filter/groups_without_variance"] == pytest.approx(torch.stack(same).tolist())
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert "samples/text_summary" in events.Tags()["tensors"]
     summary = capsys.readouterr().out.splitlines()[-1]
     assert "accuracy" in summary and "->" in summary and "waited" in summary
+    tokens, seconds = map(float, re.search(r"(\d+) tokens in ([\d.]+) s", summary).groups())
+    assert tokens == sum(batch.mask.sum().item() for batch in batches)
+    assert tokens / (seconds + 0.1) < curves["charts/tokens_per_second"][-1] < tokens / (seconds - 0.1)
     assert not mp.active_children()
 
 
@@ -531,8 +580,15 @@ def test_fixed_lag_is_exact_and_reproducible_whatever_happens(warm_model, monkey
         train(replace(args, total_batches=9, lag=1, resume=str(run)))
 
 
+def test_mixture_is_the_same_with_any_number_of_actors(warm_model):
+    args = replace(SMALL, model=warm_model, lag_schedule="mixture", lag=2, rollouts_per_batch=2, warmup_batches=0)
+    args = replace(args, total_batches=3, eval_interval=3, prompts_per_rollout=3)
+    states = [train(replace(args, num_actors=actors)).state_dict() for actors in (1, 3)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_groups_without_variance_give_no_gradient(warm_model, monkeypatch):
-    """The actors see a task that pays the same for everything."""
+    """The learner takes all rewards for 1."""
     monkeypatch.setattr(
         vaco_async_llm, "group_advantages", lambda rewards, size: group_advantages(rewards * 0 + 1, size)
     )
