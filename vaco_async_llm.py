@@ -1002,6 +1002,7 @@ def validate(args):
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
     check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
+    check(args, "task_config", not (args.task_config and args.task == "gsm8k"), "gsm8k has no options; leave it out")
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
     completions = args.rollouts_per_batch * args.prompts_per_rollout * args.group_size
@@ -1030,13 +1031,16 @@ def task_options(args):
 
 def check_lengths(args, agent, problems):
     """Raise UsageError if held-out problems, or the first ones for training, have prompts, or, for the tiny model,
-    answers that the flags leave no room for."""
+    answers that the flags leave no room for, or if the model itself has too little."""
     entries = [*problems.test, *(problems[number] for number in range(256))]
     try:
         longest = agent.encode([entry["question"] for entry in entries])[0].shape[1]
     except Exception as error:  # raised by the template's own code
         check(args, "model", False, f"its chat template takes no such messages: {one_line(error)}")
     check(args, "max_prompt_tokens", longest <= args.max_prompt_tokens, f"a prompt has {longest}; type that, or more")
+    room = getattr(agent.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    advice = f"with --max-prompt-tokens {args.max_prompt_tokens}, more than the {room} tokens that the model takes"
+    check(args, "max_new_tokens", args.max_prompt_tokens + args.max_new_tokens <= room, advice)
     if args.model == "tiny":
         written = all(isinstance(entry["answer"], str) for entry in entries)
         check(args, "task", written, "has no written answers that a tiny model could begin with; type --model")

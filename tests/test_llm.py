@@ -740,6 +740,8 @@ def test_a_tokenizer_without_an_end_is_named():
 BAD = [
     ({"max_prompt_tokens": 5}, "--max-prompt-tokens 5: a prompt has "),
     ({"max_new_tokens": 2}, "--max-new-tokens 2: an answer has 4, the end included"),
+    ({"max_new_tokens": 769}, "--max-new-tokens 769: with --max-prompt-tokens 256, more than the 1024 tokens that"),
+    ({"task": "gsm8k", "task_config": "{}"}, "--task-config {}: gsm8k has no options; leave it out"),
     ({"task": "rush_hour", "eval_size": 2}, "--task rush_hour: has no written answers"),
     ({"task": "chain_some"}, "--task chain_some: no task of reasoning-gym, and not gsm8k; closest: chain_sum"),
     ({"task_config": "{"}, "--task-config {: chain_sum does not take it"),
