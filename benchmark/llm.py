@@ -84,13 +84,17 @@ def table(records):
         curves = 100 * np.array([[value for _, value in record["accuracy"]] for record in group])
         metrics = [np.mean([record["metrics"].get(tag, np.nan) for record in group])
                    for tag in ("lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
+        after = f"{curves[:, -1].mean():.1f}" + (f" ± {curves[:, -1].std(ddof=1):.1f}" if len(group) > 1 else "")
         changes = ", ".join(f"{change:+.1f}" for change in curves[:, -1] - curves[:, 0])
         lines.append(
-            f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {curves[:, -1].mean():.1f} | {changes} | "
+            f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {after} | {changes} | "
             f"{curves[:, 1:].mean():.1f} | {metrics[0]:.4f} | {metrics[1]:.0%} | {metrics[2]:.0%} |"
         )
-    lines += ["", "Metrics are means over the batches that have the whole lag. Commits:"]
-    lines[-1] += f" {', '.join(sorted({record['commit'] for record in records}))}."
+    lines += ["", "± is the standard deviation over seeds. Metrics are means over the batches that have the whole lag."]
+    commits = sorted({record["commit"] for record in records})
+    lines[-1] += f" Commits: {', '.join(commits)}."
+    if len(commits) > 1:  # a command that is recorded is not run again, whatever has changed in the script
+        lines[-1] += " **Runs of different code: compare them only if nothing has changed between these commits.**"
     return "\n".join(lines)
 
 

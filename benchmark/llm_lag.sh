@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Language models under lag: the filter, clipped ratios, and neither (a budget of 1), with completions of exactly 0, 4 or
-# 16 versions ago.
+# 16 versions ago. The filter's budget (0.02) and the clipping range (0.2) are the defaults; neither is tuned here.
 #   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--smoke]      (steps: batches)
 seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
