@@ -137,7 +137,12 @@ def test_an_interrupted_study_starts_no_more_runs():
     while "0/1" not in Path("errors").read_text() and time.monotonic() < end:  # the bar: the first run is on its way
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130 and "went on" not in Path("out").read_text()
+    try:
+        code = process.wait(60)
+    finally:
+        if process.poll() is None:  # it went on, then leave nothing behind
+            os.killpg(process.pid, signal.SIGTERM)
+    assert code == 130 and "went on" not in Path("out").read_text()
     errors = Path("errors").read_text()
     assert "interrupted; the same command goes on" in errors and "Traceback" not in errors
 
@@ -293,6 +298,7 @@ def test_returns_curves_and_profiles_show_each_environment_and_lag():
     results = results_of(TWO_LAGS)
     on_a, on_b = plot.plot_return(results).axes
     np.testing.assert_allclose(drawn(on_a)["SPO"][0], [2.0, 0.4])
+    np.testing.assert_allclose(drawn(on_a)["VACO"][0], [1.0, 25.9])  # the mean
     np.testing.assert_allclose(drawn(on_b)["SPO"][0], [200.0, 40.0])
     points = [line for line in on_b.lines if line.get_marker() == "." and len(line.get_ydata()) == 3]
     np.testing.assert_allclose(points[0].get_ydata(), [0.0, 40.0, 80.0])  # each seed
