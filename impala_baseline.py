@@ -564,6 +564,8 @@ def train(args):
     if resume:
         folder, saved = load_checkpoint(resume)
         check_resume(args, saved)
+    # First of all, since it may fail, and before the writer, to which it listens
+    tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
@@ -606,9 +608,7 @@ def train(args):
         save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
 
     actors = Actors(args, slots_per_actor, version)
-    tracked = None
     if RANK == 0:
-        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
         writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_custom_scalars(LAYOUT)

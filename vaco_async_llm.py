@@ -582,6 +582,8 @@ def train(args):
     if resume:
         folder, saved = load_checkpoint(resume)
         check_resumed_batches(args, saved)
+    # First of all, since it may fail, and before the writer, to which it listens
+    tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
@@ -625,9 +627,7 @@ def train(args):
     actors = Actors(args, slots_per_actor, version)
     if not resume:
         accuracies.append(accuracy(agent, problems, device))
-    tracked = None
     if RANK == 0:
-        tracked = start_tracking(args, folder) if args.track else None  # before the writer, which it listens to
         writer = SummaryWriter(folder, purge_step=version + 1 if resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_custom_scalars(LAYOUT)
