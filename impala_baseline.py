@@ -65,7 +65,7 @@ RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RAN
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-# The flags that None leaves to the domain. Continuous control: tuned a little on HalfCheetah-v4 at lag 0 (docs/results.md).
+# The flags that None leaves to the domain. Continuous control: tuned a little on HalfCheetah-v4 (docs/results.md).
 # Atari: the IMPALA paper's optimiser, losses and batch of 32 x 20 samples
 DEFAULTS = {  # flag: (continuous control, Atari)
     "total_timesteps": (1_000_000, 10_000_000),
