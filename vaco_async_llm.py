@@ -578,12 +578,10 @@ def train(args):
     SIGTERM."""
     validate(args)
     connect(args)
-    folder, resume = run_folder(args, args.task)
+    folder, resume, again = run_folder(args, args.task)
     if resume:
         folder, saved = load_checkpoint(resume)
-        check_resumed_batches(args, saved)
-    # First of all, since it may fail, and before the writer, to which it listens
-    tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
+        check_resumed_batches(args, saved, again)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
@@ -596,6 +594,8 @@ def train(args):
     agent.model.load_state_dict(model.state_dict())
     del model
     check_lengths(args, agent, problems)
+    # Before what takes long, since it may fail, and before the writer, to which it listens
+    tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
     if args.model == "tiny" and (args.kl_coef or not resume) and RANK == 0:
         warm_start(args, agent, problems)
     same_start(agent, args.seed)
@@ -1001,7 +1001,8 @@ def validate(args):
     check(args, "learner_timeout", WORLD_SIZE == 1 or args.learner_timeout > args.actor_timeout, advice)
     advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
     check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
-    check(args, "evaluate", not (args.evaluate and args.resume), "leave out either this flag or --resume")
+    advice = "an evaluation neither goes on with a run nor makes one: leave out --resume, --track and --save-model"
+    check(args, "evaluate", not args.evaluate or not (args.resume or args.track or args.save_model), advice)
     check(args, "task_config", not (args.task_config and args.task == "gsm8k"), "gsm8k has no options; leave it out")
     tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
     check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
@@ -1197,21 +1198,26 @@ def this_attempt(store, timeout):
 
 
 def run_folder(args, subject):
-    """The folder of this run, and where to resume from: "" to begin. Raises UsageError if learners have other flags."""
+    """The folder of this run, where to resume from ("" to begin), and whether torchrun has started the learners again.
+    Raises UsageError if they have different flags."""
     for flags in gather(vars(args)):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
     name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
-    folder, resume = f"{name}__{int(time.time())}", args.resume
-    if WORLD_SIZE > 1 and RANK == 0:
-        store = job_store(args)
-        if store.add(f"starts of {name}", 1) > 1 and not resume:
-            folder = store.get(f"folder of {name}").decode()
-            resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else ""
-            tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
-        store.set(f"folder of {name}", folder)
-    return from_first((folder, resume))
+    resume, again, folder = args.resume, False, f"{name}__{int(time.time())}"
+    if resume:
+        folder = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
+    if "TORCHELASTIC_RUN_ID" in os.environ and RANK == 0:
+        with exchange():
+            store = job_store(args)
+            again = store.add(f"starts of {name}", 1) > 1
+            if again:
+                folder = store.get(f"folder of {name}").decode()
+                resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else resume
+                tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
+            store.set(f"folder of {name}", folder)
+    return from_first((folder, resume, again))
 
 
 @contextlib.contextmanager
@@ -1366,10 +1372,10 @@ def restore(state, agent, optimizer, store, statistics):
         vars(s).update({name: tensor.numpy() for name, tensor in saved.items()})
 
 
-def check_resumed_batches(args, state):
+def check_resumed_batches(args, state, again=False):
     """Raise UsageError if a run cannot go on with these flags: those that are not on the use of the machine must be the
     checkpoint's."""
-    if args.resume:  # torchrun starts complete runs again, too, if a learner dies at the very end
+    if not again:  # torchrun starts complete runs again, too, if a learner dies at the very end
         advice = f"the checkpoint is at batch {state['version']}; type a larger number"
         check(args, "total_batches", args.total_batches > state["version"], advice)
     free = {"total_batches", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}

@@ -473,11 +473,11 @@ def train(args):
     flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
     validate(args)
     connect(args)
-    folder, resume = run_folder(args, args.env_id)
+    folder, resume, again = run_folder(args, args.env_id)
     if resume:
         folder, saved = load_checkpoint(resume)
-        check_resume(args, saved)
-    # First of all, since it may fail, and before the writer, to which it listens
+        check_resume(args, saved, again)
+    # Before what takes long, since it may fail, and before the writer, to which it listens
     tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -1009,21 +1009,26 @@ def this_attempt(store, timeout):
 
 
 def run_folder(args, subject):
-    """The folder of this run, and where to resume from: "" to begin. Raises UsageError if learners have other flags."""
+    """The folder of this run, where to resume from ("" to begin), and whether torchrun has started the learners again.
+    Raises UsageError if they have different flags."""
     for flags in gather(vars(args)):
         for name, value in flags.items():
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
     name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
-    folder, resume = f"{name}__{int(time.time())}", args.resume
-    if WORLD_SIZE > 1 and RANK == 0:
-        store = job_store(args)
-        if store.add(f"starts of {name}", 1) > 1 and not resume:
-            folder = store.get(f"folder of {name}").decode()
-            resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else ""
-            tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
-        store.set(f"folder of {name}", folder)
-    return from_first((folder, resume))
+    resume, again, folder = args.resume, False, f"{name}__{int(time.time())}"
+    if resume:
+        folder = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
+    if "TORCHELASTIC_RUN_ID" in os.environ and RANK == 0:
+        with exchange():
+            store = job_store(args)
+            again = store.add(f"starts of {name}", 1) > 1
+            if again:
+                folder = store.get(f"folder of {name}").decode()
+                resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else resume
+                tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
+            store.set(f"folder of {name}", folder)
+    return from_first((folder, resume, again))
 
 
 @contextlib.contextmanager
@@ -1208,10 +1213,10 @@ def restore(state, agent, optimizer, store, statistics):
         vars(s).update({name: tensor.numpy() for name, tensor in saved.items()})
 
 
-def check_resume(args, state):
+def check_resume(args, state, again=False):
     """Raise UsageError if a run cannot go on with these flags: those that are not on the use of the machine must be the
     checkpoint's."""
-    if args.resume:  # torchrun starts complete runs again, too, if a learner dies at the very end
+    if not again:  # torchrun starts complete runs again, too, if a learner dies at the very end
         advice = f"the checkpoint is at step {state['global_step']}; type a larger number"
         check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
     free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
@@ -1225,8 +1230,9 @@ def check_resume(args, state):
 
 
 def same_task(env_id, other):
-    """Whether two ids mean one environment: "module:" before one only says who registers it."""
-    return env_id.rpartition(":")[2] == other.rpartition(":")[2]
+    """Whether two ids can mean one environment: a program that registers it leaves out "module:"."""
+    (module, _, name), (other_module, _, other_name) = env_id.rpartition(":"), other.rpartition(":")
+    return name == other_name and (module == other_module or not (module and other_module))
 
 
 def device_of(name):

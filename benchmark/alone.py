@@ -57,7 +57,8 @@ def alone(script, part, seconds):
                 samples = args.rollouts_per_batch * args.num_steps * args.num_envs * script.WORLD_SIZE
                 result = f"{part} alone: {batches * samples / (time.perf_counter() - self.begun):.0f} steps/s"
                 if script.WORLD_SIZE > 1:
-                    steps = batches * args.update_epochs * args.num_minibatches * script.WORLD_SIZE
+                    steps = batches * args.update_epochs * args.num_minibatches
+                    steps *= int(os.environ["LOCAL_WORLD_SIZE"])  # learners whose bytes this host has sent
                     result += f", {(sent() - self.sent) / steps:.0f} bytes sent per learner and gradient step"
                 raise Done(result)
 

@@ -33,7 +33,6 @@ gym.register("Reach-v0", Reach, max_episode_steps=30)  # at the top level, since
 
 if __name__ == "__main__":
     train(Args(env_id="Reach-v0", total_timesteps=40_000, num_actors=2))
-
     # A loop of your own: actions by the policy of one version ago, whole episodes
     envs = gym.make_vec("Reach-v0", 16, vectorization_mode="sync")
     policy, critic = (Sequential(Linear(4, 64), Tanh(), Linear(64, size)) for size in (2, 1))
@@ -57,4 +56,5 @@ if __name__ == "__main__":
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    print(f"a loop of your own: return {rewards.sum(0).mean():.1f}, total variation {tv:.3f}")
+        if batch in (0, 99):
+            print(f"a loop of your own, batch {batch}: return {rewards.sum(0).mean():.1f}, total variation {tv:.3f}")

@@ -5,10 +5,11 @@
 Runs one learner without actors (alone.py), two that know nothing of each other, and two of torchrun, and measures an
 all-reduce of one number, which VACO's gate needs, and one of all gradients between two processes on this machine.
 
-The table for more learners, one per host, is computed, not measured. A ring of n passes 2 (n - 1) messages on; each
-takes as long as one of one number here between two processes, plus the time of its bytes at 10 or 100 Gbit/s. The
-efficiency is the time of a gradient step over that with its messages: nothing overlaps, and nobody waits for the
-slowest. That makes it an upper bound: the row for 2 stands beside what was measured here.
+The table for more learners, one per host, is an estimate, not measured. A step of VACO has two all-reduces, of all
+gradients and of one number. A ring of n passes 2 (n - 1) messages on; each takes as long as one of one number here
+between two processes, plus the time of its bytes at 10 or 100 Gbit/s. The efficiency is the time of a gradient step
+over that with its messages: nothing overlaps, and nobody waits for the slowest, which makes it too high, as the row for
+2 shows beside what was measured; messages between hosts may be quicker than here, which would make it too low.
 """
 
 import importlib
@@ -89,7 +90,7 @@ def main():
     print(f"| one number | {small_messages} | {small[0] * 1e3:.2f} | {small[1] * 1e3:.2f} |")
     print(f"| gradients, {4 * size / 1e3:.0f} kB | 1 | {large[0] * 1e3:.2f} | {large[1] * 1e3:.2f} |")
     print(f"\nMeasured between two processes: {measured / 1e3:.1f} kB sent per learner and step.")
-    print("Computed, not measured, an upper bound:\n")
+    print("An estimate, not measured:\n")
     print("| learners | kB sent per learner and step | 10 Gbit/s | 100 Gbit/s |\n|---|---|---|---|")
     for n in (2, 8, 64, 512):
         sent, row = 2 * (n - 1) / n * 4 * size, []

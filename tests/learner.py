@@ -44,9 +44,10 @@ class AsByLearners:
     each learner's in order. `batch` gives the batch in hand; the second half of its columns is the second learner's."""
 
     def __init__(self, batch):
-        self.batch = batch
+        self.batch, self.passes = batch, 0
 
     def __call__(self, rows):
+        self.passes += 1
         columns = self.batch().valid.shape[1]
         second = (torch.arange(columns) >= columns // 2).expand(self.batch().valid.shape)
         second = second[self.batch().valid] if rows > columns else second[0]  # IMPALA's minibatches are of columns

@@ -234,6 +234,17 @@ def test_the_command_line_evaluates_with_the_models_flags():
     )  # by one of them
 
 
+@pytest.mark.slow
+def test_the_example_of_the_readme_learns_in_both_loops():
+    """The same policy before training gets about -40 (a point that stays where it is, on average)."""
+    command = [sys.executable, REPOSITORY / "benchmark" / "custom_env.py"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    (trained,) = re.findall(r" return (-?[\d.]+), mean of", result.stdout)
+    first, last = re.findall(r"loop of your own, batch \d+: return (-?[\d.]+)", result.stdout)
+    assert float(trained) > -15 and float(last) > float(first) + 10
+
+
 def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
     monkeypatch.syspath_prepend(".")
     Path("broken.py").write_text("import nothing_of_that_name")
@@ -330,6 +341,7 @@ def test_an_id_without_its_module_means_the_same_environment(own_env):
     vaco_async_mujoco.check_resume(replace(args, env_id=own_env), {"args": args, "global_step": 1})
     with pytest.raises(UsageError, match=r"^--env-id other:Reach-v1: the checkpoint's is Reach-v0"):
         vaco_async_mujoco.check_resume(replace(args, env_id="other:Reach-v1"), {"args": args, "global_step": 1})
+    assert not vaco_async_mujoco.same_task("other:Reach-v0", own_env)
 
 
 def test_atari_is_filmed_in_colour_at_full_resolution():
@@ -345,6 +357,8 @@ def test_atari_is_filmed_in_colour_at_full_resolution():
     make_agent, make_envs = vaco_async_atari.build(args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vaco_async_atari, "play", short)
+        patch.setattr(vaco_async_atari, "leave_with_parent", lambda: None)  # `film` has no process of its own here
+        patch.setattr(vaco_async_atari.signal, "signal", lambda *_: None)
         vaco_async_atari.film(make_agent(), partial(make_envs, 1, 1), "run.mp4")
     assert size_and_frames("run.mp4") == ((160, 210), 9)
     assert (seen[0][..., 0] != seen[0][..., 1]).any()

@@ -617,6 +617,17 @@ def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
     assert os.listdir("runs/warm_starts")
 
 
+def test_a_run_is_tracked_offline(warm_model, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(replace(SMALL, model=warm_model, total_batches=1, track=True))
+    (record,) = Path("wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while missing := [text for text in (b"lag/tv_total", b"charts/reward") if text not in record.read_bytes()]:
+        assert time.monotonic() < deadline, missing  # it is written in the background
+        time.sleep(0.2)
+
+
 def test_a_task_with_few_questions_holds_a_quarter_of_them_out():
     options = {"min_terms": 2, "max_terms": 2}  # of one digit, as by default: there are 200
     problems = Problems(Args(eval_size=1000, task_config=json.dumps(options)))
@@ -752,6 +763,8 @@ BAD = [
     ({"temperature": 0.0}, "--temperature 0.0: must be a number from 0.001 to"),
     ({"num_minibatches": 100}, "--num-minibatches 100: more than the 24 completions of a batch"),
     ({"actor_device": "cuda"}, "type --actor-device cpu"),
+    ({"evaluate": "model", "track": True}, "leave out --resume, --track and --save-model"),
+    ({"evaluate": "model", "save_model": True}, "leave out --resume, --track and --save-model"),
 ]
 
 

@@ -137,7 +137,8 @@ def test_two_learners_are_one_with_the_data_of_both(script, changes, monkeypatch
 
     monkeypatch.setattr(script.PolicyStore, "publish", recorded_publish)
     monkeypatch.setattr(script.Rollouts, "batch", recorded_batch)
-    monkeypatch.setattr(torch, "randperm", AsByLearners(lambda: batches[-1]))
+    in_order = AsByLearners(lambda: batches[-1])
+    monkeypatch.setattr(torch, "randperm", in_order)
     script.train(script.Args(**SMALL | changes | {"num_actors": 4, "rollouts_per_batch": 4}))
     curves = read_curves(".")
     assert len(alone) == len(both) >= 4
@@ -147,6 +148,8 @@ def test_two_learners_are_one_with_the_data_of_both(script, changes, monkeypatch
             assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), f"{name} of version {version}"
     if "tv_threshold" in changes:  # the gate is neither always open nor always closed
         assert 0 < sum(curves["filter/gate_open"]) < len(curves["filter/gate_open"])
+    if "target_kl" in changes:  # some passes were left out, and some batches had more than one
+        assert len(batches) < in_order.passes < changes["update_epochs"] * len(batches)
     if "objective" in changes:
         assert len(set(curves["losses/kl_coef"])) > 1
     if changes.items() >= UNEVEN.items():
@@ -197,8 +200,13 @@ def test_a_learner_that_died_before_it_joined_comes_back():
     assert_all_gone()
 
 
-def test_a_complete_run_that_torchrun_starts_again_ends_at_once():
-    output = finished(torchrun("vaco_async_mujoco", {"deed": "kill at last"}, flags=["--max-restarts=1"]))
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_complete_run_that_torchrun_starts_again_ends_at_once(resumed):
+    changes = {}
+    if resumed:
+        impala_baseline.train(impala_baseline.Args(**SMALL | {"total_timesteps": 100}))
+        changes = {"resume": str(next(Path("runs").iterdir()))}
+    output = finished(torchrun("impala_baseline", {"deed": "kill at last"}, flags=["--max-restarts=1"], **changes))
     assert "going on from runs/" in output and output.count("steps in") == 2
     steps = read_curves(".", "step")["losses/policy_loss"]  # of the only run
     assert steps == sorted(set(steps))
@@ -318,7 +326,11 @@ def on_both(hosts, options=(), restarts=0, **changes):
 def test_a_learner_killed_on_another_host_comes_back(hosts, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "link0")
     processes = on_both(hosts, {"deed": "kill"}, restarts=1, checkpoint_interval=2, total_timesteps=1500)
-    first, _ = [finished(process) for process in processes]
+    try:
+        first, _ = [finished(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert "learner 0: started again, going on from runs/" in first and "steps in" in first
     assert len(assert_equal_learners()) > 8
     assert_all_gone()
