@@ -12,7 +12,7 @@ while [ $# -gt 0 ]; do
         shift 2
         ;;
     --smoke)
-        smoke=1 seeds=2 steps=4096 results=$(mktemp -d)
+        smoke=1 seeds=1 steps=4096 results=$(mktemp -d)
         shift
         ;;
     *)

@@ -1,6 +1,7 @@
 """Shared by the tests: where runs write to, how their curves are read, and how processes are looked for."""
 
 import os
+import time
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: tests recompute on the CPU what runs computed
@@ -37,3 +38,20 @@ def processes_of_session(session):
             if int(fields[3]) == session and fields[0] != "Z":
                 alive.append(int(entry))
     return alive
+
+
+@pytest.fixture
+def tracked(monkeypatch):
+    """Weights & Biases without a network; a function that waits until texts are in the record of the only run."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it would go on writing to the folder of the first run in this process
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def wait_for(*texts):
+        (record,) = Path("wandb").glob("offline-run-*/*.wandb")
+        deadline = time.monotonic() + 60
+        while missing := [text for text in texts if text not in record.read_bytes()]:  # written in the background
+            assert time.monotonic() < deadline, missing
+            time.sleep(0.2)
+
+    return wait_for

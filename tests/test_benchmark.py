@@ -39,7 +39,7 @@ def test_the_lag_study_runs_from_one_command_to_its_figures():
     tables = Path(re.search(r"wrote (\S+/mujoco_lag\.md)", done.stdout)[1])
     runs = [json.loads(line) for line in tables.with_suffix(".jsonl").read_text().splitlines()]
     assert {(run["method"], run["lag"], run["seed"]) for run in runs} == {
-        *((method, lag, seed) for method in ("VACO", "PPO-clip") for lag in (0, 4) for seed in (1, 2)),
+        *((method, lag, 1) for method in ("VACO", "PPO-clip") for lag in (0, 4)),
         ("untrained", 0, 1),
     }
     for run in runs:
