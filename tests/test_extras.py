@@ -443,7 +443,8 @@ def test_a_run_that_is_to_be_filmed_saves_evaluates_and_films(monkeypatch):
     assert read_curves(".")["eval/sampled_return"] == [2.0]
 
 
-def test_an_evaluation_with_flags_that_it_would_leave_out_is_refused():
+def test_an_evaluation_with_flags_that_it_would_leave_out_is_refused(monkeypatch):
+    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: True)
     for flags in ({"track": True}, {"save_model": True}, {"resume": "runs/1"}):
         with pytest.raises(UsageError, match=r"^--evaluate model: .* leave out --resume, --track and --save-model"):
             vaco_async_mujoco.validate(Args(evaluate="model", **flags))

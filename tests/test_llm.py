@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from conftest import REPOSITORY, read_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,7 +42,7 @@ from vaco_async_llm import (
 )
 
 needed = {"reason": "needs pip install -r requirements-llm.txt"}
-transformers = pytest.importorskip("transformers", **needed)
+tokenizers, transformers = (pytest.importorskip(name, **needed) for name in ("tokenizers", "transformers"))
 pytest.importorskip("reasoning_gym", **needed)
 
 SMALL = Args(
