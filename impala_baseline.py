@@ -1330,13 +1330,16 @@ def device_of(name):
     return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
 
 
-def build(args):
+def build_domain(args):
     """The functions that make an agent, and the environments of one actor from (their number, seed)."""
     names = ("episodic_life", "reward_clip", "repeat_action_probability")
     if num_actions := atari_actions(args.env_id):
         make_envs = partial(AtariEnvs, args.env_id, **{name: getattr(args, name) for name in names})
         return partial(Agent, 0, num_actions, True, args.bf16), make_envs
     return partial(Agent, *continuous_sizes(args.env_id), False), partial(ContinuousEnvs, args.env_id)
+
+
+build = build_domain  # what `train`, `save_model` and `evaluate` call
 
 
 def start_tracking(args, folder):

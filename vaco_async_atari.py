@@ -1199,10 +1199,13 @@ def device_of(name):
     return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
 
 
-def build(args):
+def build_atari(args):
     """The functions that make an agent, and the environments of one actor from (their number, seed)."""
     options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
     return partial(Agent, atari_actions(args.env_id), args.bf16), partial(AtariEnvs, args.env_id, **options)
+
+
+build = build_atari  # what `train`, `save_model` and `evaluate` call
 
 
 def start_tracking(args, folder):

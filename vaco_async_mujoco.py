@@ -1240,9 +1240,12 @@ def device_of(name):
     return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
 
 
-def build(args):
+def build_continuous(args):
     """The functions that make an agent, and the environments of one actor from (their number, seed)."""
     return partial(Agent, *continuous_sizes(args.env_id)), partial(ContinuousEnvs, args.env_id)
+
+
+build = build_continuous  # what `train`, `save_model` and `evaluate` call
 
 
 def start_tracking(args, folder):
