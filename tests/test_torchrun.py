@@ -29,7 +29,7 @@ SMALL = {
     "lag_schedule": "mixture",
     "lag": 2,
     "learner_timeout": 60,
-    "actor_timeout": 8,
+    "actor_timeout": 50,  # an actor that is replaced on a busy machine plays other episodes
     "total_timesteps": 600,
 }
 
@@ -253,7 +253,7 @@ def test_one_interrupted_learner_ends_all_with_a_checkpoint():
 
 
 def test_a_learner_that_does_not_answer_ends_the_run():
-    options = {"total_timesteps": 10**6, "learner_timeout": 10}
+    options = {"total_timesteps": 10**6, "learner_timeout": 10, "actor_timeout": 8}
     output = finished(torchrun("vaco_async_mujoco", {"deed": "stop"}, **options), code=1)
     assert "learner 0: error: another learner has ended, or has not answered in --learner-timeout" in output
     assert len(published(0)) == 5  # it was not the start that took too long
@@ -348,7 +348,7 @@ def test_two_hosts_survive_a_short_cut_of_the_link_and_end_at_a_long_one(hosts, 
     def link(state):
         ip("-netns", next(iter(hosts)), "link", "set", "link0", state)
 
-    processes = on_both(hosts, checkpoint_interval=1, total_timesteps=10**6, learner_timeout=15)
+    processes = on_both(hosts, checkpoint_interval=1, total_timesteps=10**6, learner_timeout=15, actor_timeout=8)
     try:
         wait_for(step, processes[0])
         link("down")
