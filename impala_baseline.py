@@ -1177,11 +1177,15 @@ def all_sum(tensor):
     return all_reduce(tensor) if WORLD_SIZE > 1 else tensor
 
 
-@torch.compiler.disable
 def all_reduce(tensor):
     with exchange():
         dist.all_reduce(tensor)
     return tensor
+
+
+# Compiled code would not catch its errors. In learners only: it imports for a second, and each actor imports this file
+if WORLD_SIZE > 1 and mp.parent_process() is None:
+    all_reduce = torch.compiler.disable(all_reduce)
 
 
 def global_means(share, means):
