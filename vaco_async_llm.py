@@ -578,10 +578,6 @@ def train(args):
     SIGTERM."""
     validate(args)
     connect(args)
-    folder, resume, again = run_folder(args, args.task)
-    if resume:
-        folder, saved = load_checkpoint(resume)
-        check_resumed_batches(args, saved, again)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
@@ -594,6 +590,10 @@ def train(args):
     agent.model.load_state_dict(model.state_dict())
     del model
     check_lengths(args, agent, problems)
+    folder, resume, again = run_folder(args, args.task)
+    if resume:
+        folder, saved = load_checkpoint(resume)
+        check_resumed_batches(args, saved, again)
     # Before what takes long, since it may fail, and before the writer, to which it listens
     tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
     if args.model == "tiny" and (args.kl_coef or not resume) and RANK == 0:
@@ -1205,7 +1205,7 @@ def run_folder(args, subject):
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
     name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
-    resume, again, folder = args.resume, False, f"{name}__{int(time.time())}"
+    resume, again, folder = args.resume, False, ""
     if resume:
         folder = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
     if "TORCHELASTIC_RUN_ID" in os.environ and RANK == 0:
@@ -1216,8 +1216,20 @@ def run_folder(args, subject):
                 folder = store.get(f"folder of {name}").decode()
                 resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else resume
                 tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
+            folder = folder or new_folder(name)
             store.set(f"folder of {name}", folder)
+    if RANK == 0:
+        folder = folder or new_folder(name)
     return from_first((folder, resume, again))
+
+
+def new_folder(name):
+    """Make the folder of a new run, which has the time in its name, and return its path. Runs of one name that begin in
+    the same second get the seconds after it."""
+    for begun in itertools.count(int(time.time())):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(folder := f"{name}__{begun}")
+            return folder
 
 
 @contextlib.contextmanager

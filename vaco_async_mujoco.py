@@ -1016,7 +1016,7 @@ def run_folder(args, subject):
             advice = f"another learner has {value}; all must have the same flags"
             check(args, name, value == getattr(args, name), advice)
     name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
-    resume, again, folder = args.resume, False, f"{name}__{int(time.time())}"
+    resume, again, folder = args.resume, False, ""
     if resume:
         folder = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
     if "TORCHELASTIC_RUN_ID" in os.environ and RANK == 0:
@@ -1027,8 +1027,20 @@ def run_folder(args, subject):
                 folder = store.get(f"folder of {name}").decode()
                 resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else resume
                 tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
+            folder = folder or new_folder(name)
             store.set(f"folder of {name}", folder)
+    if RANK == 0:
+        folder = folder or new_folder(name)
     return from_first((folder, resume, again))
+
+
+def new_folder(name):
+    """Make the folder of a new run, which has the time in its name, and return its path. Runs of one name that begin in
+    the same second get the seconds after it."""
+    for begun in itertools.count(int(time.time())):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(folder := f"{name}__{begun}")
+            return folder
 
 
 @contextlib.contextmanager

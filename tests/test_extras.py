@@ -425,6 +425,13 @@ def test_what_is_not_installed_is_named(monkeypatch):
         train(Args(capture_video=True))
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch):
+    """As the tasks of an array job, which differ in their lag, do: their curves must not be mixed up."""
+    monkeypatch.setattr(time, "time", lambda: 1234.5)
+    folders = [vaco_async_mujoco.run_folder(Args(lag=lag), "Hopper-v4")[0] for lag in range(3)]
+    assert len({os.path.realpath(folder) for folder in folders}) == len(list(Path("runs").iterdir())) == 3
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "vaco_async_llm"])
 def test_what_few_use_is_imported_only_then(script):
     few = ["wandb", "imageio_ffmpeg", "datasets"]
