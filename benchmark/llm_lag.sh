@@ -4,7 +4,7 @@
 #   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--smoke]      (steps: batches)
 seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
-lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr"
+lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"
 [ $smoke ] && lags="0 4" steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
 python "$here/llm.py" --out "$results/$study.jsonl" --methods vaco grpo "vaco --tv-threshold 1" --lags $lags --seeds $(seq 1 "$seeds") \
     --steps "$steps" --workers "$workers" --flags="$flags"
