@@ -3,7 +3,7 @@
     python benchmark/llm.py --out results/llm_lag.jsonl --methods "vaco" "grpo" --lags 0 4 16 --seeds 1 2 3
 
 A method is an objective, with more flags if wanted: "vaco --tv-threshold 0.05". Resumable: runs that are recorded in
-the file are skipped. All runs of a seed begin with the same warm-started model, which is made once.
+the file are skipped. All runs of a seed begin with the same warm-started model, which the first ones make.
 """
 
 import json
@@ -38,9 +38,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     lag_schedule: str = "fixed"
     steps: int = 200  # batches per run
-    workers: int = (
-        2  # runs at once, of one seed; each is busy on one core, or two. Lockstep results do not depend on it
-    )
+    workers: int = 2  # runs at once; each is busy on one core, or two. Lockstep results do not depend on it
     flags: str = ""  # flags for all runs, as one string after a =: --flags="--eval-size 100"
     folder: Path = REPOSITORY  # runs/ is there, with the warm-started models
 
@@ -145,10 +143,7 @@ def main(args):
             progress.update()
 
     with ThreadPoolExecutor(args.workers) as pool:
-        for seed in args.seeds:
-            first, *others = [job for job in jobs if job[2] == seed]
-            do(first)  # alone: it makes the warm start of all others
-            list(pool.map(do, others))
+        list(pool.map(do, jobs))
     progress.close()
     names = [shlex.join(command_of(*job, args)) for job in jobs]
     study = {name: records[name] for name in names if name in records}
