@@ -151,7 +151,7 @@ class Args:
 
     objective: Literal["vaco", "grpo"] = "vaco"  # what holds the policy back: the filter, or clipped ratios
     # vaco: the budget on the total variation of a token, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED
-    tv_threshold: float = 0.02
+    tv_threshold: float = 0.05
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
 
