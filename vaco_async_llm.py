@@ -143,7 +143,7 @@ class Args:
 
     update_epochs: int = 1  # passes over each batch
     num_minibatches: int = 2  # minibatches, that is gradient steps, per pass
-    learning_rate: float = 3e-4  # the learning rate of Adam
+    learning_rate: float = 1.5e-4  # the learning rate of Adam
     warmup_batches: int = 10  # batches in which the learning rate rises: Adam's first steps are large and blind
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_batches
     kl_coef: float = 0.0  # coefficient of the KL divergence to the model before training, per token
