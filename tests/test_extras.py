@@ -366,7 +366,8 @@ def test_atari_is_filmed_in_colour_at_full_resolution():
 
 def test_without_a_renderer_there_is_a_line_and_no_video(monkeypatch, capfd, own_env):
     """Reach has none."""
-    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "imageio_ffmpeg" or find(name, *rest))
     args = Args(env_id=own_env, evaluate="model", eval_episodes=1, capture_video=True)
     vaco_async_mujoco.save_model("model", args, vaco_async_mujoco.build(args)[0]())
     assert len(evaluate(args)["sampled"]) == 1
@@ -444,7 +445,8 @@ def test_what_few_use_is_imported_only_then(script):
 def test_a_run_that_is_to_be_filmed_saves_evaluates_and_films(monkeypatch):
     seen = []
     monkeypatch.setattr(vaco_async_mujoco, "evaluate", lambda args: seen.append(args) or {"sampled": [1.0, 3.0]})
-    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "imageio_ffmpeg" or find(name, *rest))
     train(Args(env_id="InvertedPendulum-v4", total_timesteps=60, capture_video=True, **SMALL))
     (args,) = seen
     assert args.capture_video and args.evaluate == saved_model() and not (args.track or args.save_model or args.resume)
@@ -452,7 +454,8 @@ def test_a_run_that_is_to_be_filmed_saves_evaluates_and_films(monkeypatch):
 
 
 def test_an_evaluation_with_flags_that_it_would_leave_out_is_refused(monkeypatch):
-    monkeypatch.setattr(vaco_async_mujoco.importlib.util, "find_spec", lambda name: True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "imageio_ffmpeg" or find(name, *rest))
     for flags in ({"track": True}, {"save_model": True}, {"resume": "runs/1"}):
         with pytest.raises(UsageError, match=r"^--evaluate model: .* leave out --resume, --track and --save-model"):
             vaco_async_mujoco.validate(Args(evaluate="model", **flags))
