@@ -590,6 +590,7 @@ def train(args):
     agent.model.load_state_dict(model.state_dict())
     del model
     check_lengths(args, agent, problems)
+    # After all that may refuse the flags, which would leave an empty folder
     folder, resume, again = run_folder(args, args.task)
     if resume:
         folder, saved = load_checkpoint(resume)
@@ -1211,7 +1212,7 @@ def run_folder(args, subject):
     if "TORCHELASTIC_RUN_ID" in os.environ and RANK == 0:
         with exchange():
             store = job_store(args)
-            again = store.add(f"starts of {name}", 1) > 1
+            again = store.check([f"folder of {name}"])
             if again:
                 folder = store.get(f"folder of {name}").decode()
                 resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else resume
@@ -1281,7 +1282,7 @@ def all_reduce(tensor):
 
 
 # Compiled code would not catch its errors. In learners only: it imports for a second, and each actor imports this file
-if WORLD_SIZE > 1 and mp.parent_process() is None:
+if WORLD_SIZE > 1 and mp.current_process().name == "MainProcess":
     all_reduce = torch.compiler.disable(all_reduce)
 
 

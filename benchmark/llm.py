@@ -75,20 +75,21 @@ def run(command, folder):
 def table(records):
     """Markdown: held-out accuracy before and after, per method and lag, over seeds."""
     columns = ["method", "lag", "seeds", "before", "after", "change, each seed", "mean of the run"]
-    columns += ["TV on arrival", "over budget", "dropped"]
+    columns += ["reward", "TV on arrival", "over budget", "dropped"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, lag in dict.fromkeys((record["method"], record["lag"]) for record in records):
         group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
         curves = 100 * np.array([[value for _, value in record["accuracy"]] for record in group])
         metrics = [np.mean([record["metrics"].get(tag, np.nan) for record in group])
-                   for tag in ("lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
-        after = f"{curves[:, -1].mean():.1f}" + (f" ± {curves[:, -1].std(ddof=1):.1f}" if len(group) > 1 else "")
+                   for tag in ("charts/reward", "lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
+        after = f"{curves[:, -1].mean():.1f}" + (f" ± {curves[:, -1].std(ddof=1):.1f}" if len(group) > 2 else "")
         changes = ", ".join(f"{change:+.1f}" for change in curves[:, -1] - curves[:, 0])
         lines.append(
             f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {after} | {changes} | "
-            f"{curves[:, 1:].mean():.1f} | {metrics[0]:.4f} | {metrics[1]:.0%} | {metrics[2]:.0%} |"
+            f"{curves[:, 1:].mean():.1f} | {metrics[0]:.3f} | {metrics[1]:.3f} | {metrics[2]:.0%} | {metrics[3]:.0%} |"
         )
-    lines += ["", "± is the standard deviation over seeds. Metrics are means over the batches that have the whole lag."]
+    lines += ["", "± is the standard deviation over seeds; columns 4 to 7 are of the held-out accuracy in %."]
+    lines[-1] += " Reward (of sampled completions) and what follows are means over the batches that have the whole lag."
     commits = sorted({record["commit"] for record in records})
     lines[-1] += f" Commits: {', '.join(commits)}."
     if len(commits) > 1:  # a command that is recorded is not run again, whatever has changed in the script

@@ -71,11 +71,12 @@ def assert_equal_learners():
 
 
 def learners_alive():
-    """Process ids of whatever was started in this test's folder."""
+    """Process ids of whatever was started in this test's folder, but for the forkserver of the tests' own process."""
     alive = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if os.readlink(f"/proc/{entry}/cwd") == os.getcwd() and int(entry) != os.getpid():
+            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            if os.readlink(f"/proc/{entry}/cwd") == os.getcwd() and os.getpid() not in (int(entry), parent):
                 alive.append(int(entry))
         except OSError:  # it has ended, or is a zombie
             continue
@@ -171,6 +172,22 @@ def test_the_same_learners_compute_the_same_again():
         runs.append(assert_equal_learners())
     for one, other in zip(*runs, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_beside_other_learners_actors_start_without_what_only_learners_need():
+    """torch._dynamo, which a learner keeps out of its all-reduce, takes a second and 130 MB."""
+    Path("program.py").write_text(
+        "import multiprocessing as mp, sys\n"
+        "import vaco_async_mujoco\n"
+        "def tell():\n"
+        "    print('torch._dynamo' in sys.modules, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    actor = mp.get_context('forkserver').Process(target=tell, name='actor 0')\n"
+        "    actor.start(), actor.join(), tell()\n"
+    )
+    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)}
+    output = subprocess.run([sys.executable, "program.py"], env=environment, capture_output=True, text=True)
+    assert output.stdout == "False\nTrue\n", output.stderr
 
 
 def test_learners_with_different_flags_are_refused():
