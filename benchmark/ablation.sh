@@ -8,14 +8,14 @@ envs="HalfCheetah-v4 Hopper-v4"
 parts=("VACO, no filter" "VACO, no alignment" "VACO --no-filter --no-align" "VACO --tv-anchor learner")
 parts+=("PPO-clip" "PPO-clip --clip-coef 0.4" "SPO" "SPO --spo-eps 0.4")
 budgets=("VACO" "VACO --tv-threshold 0.05" "VACO --tv-threshold 0.1" "VACO --tv-threshold 0.4")
-epochs=()
-for n in 1 4 10 20; do epochs+=("VACO --update-epochs $n" "PPO-clip --update-epochs $n"); done
+epochs=("VACO" "PPO-clip") # of 10 epochs
+for n in 1 4 20; do epochs+=("VACO --update-epochs $n" "PPO-clip --update-epochs $n"); done
 if [ $smoke ]; then
     envs="Hopper-v4" parts=() budgets=("VACO" "VACO --tv-threshold 0.05")
-    epochs=("VACO --update-epochs 1" "VACO --update-epochs 2")
+    epochs=("VACO" "VACO --update-epochs 2")
 fi
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
-common=(--env-ids $envs --flags="$actors")
+common=(--env-ids $envs --flags="$actors" --reuse "$results/mujoco_lag.jsonl") # which has those without lag
 for part in lag8 epochs; do
     run --out "$results/${study}_$part.jsonl" "${common[@]}" --methods "untrained" --seeds 1
 done
@@ -25,4 +25,4 @@ run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "${budgets[@]}
 run --out "$results/${study}_epochs.jsonl" "${common[@]}" --methods "${epochs[@]}" --lags 0
 plot "$results/${study}_lag8.jsonl" --lags 8
 plot "$results/${study}_lag8.jsonl" --lags 8 --x tv-threshold=0.2 --methods "${budgets[@]}" --out "$results/${study}_threshold"
-plot "$results/${study}_epochs.jsonl" --x update-epochs
+plot "$results/${study}_epochs.jsonl" --x update-epochs=10

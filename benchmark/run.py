@@ -3,13 +3,13 @@
     python benchmark/run.py --out results.jsonl --env-ids HalfCheetah-v4 Hopper-v4 --methods VACO PPO-clip \
         "VACO --tv-threshold 0.1" --lags 0 4 16 --seeds 1 2 3 --steps 300000 --workers 2
 
-A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was. Seeds are the
-outermost loop: the table of results is complete, with few seeds, long before the study is. One line of JSON per run has
-the command, the versions of what it ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of
-steps, and the means of lag and filter metrics. A run whose numbers were no longer finite is a result, too: it is
-recorded as diverged, without a return. A run that fails otherwise is shown with the end of its output, which is kept
-in the folder `<out>.logs`, and the exit code is 1 when all others are done. After Ctrl-C it is 130, and 2 if a method
-is unknown.
+A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was; one that is in a
+file of `--reuse`, under whatever name, is copied from there. Seeds are the outermost loop: the table of results is
+complete, with few seeds, long before the study is. One line of JSON per run has the command, the versions of what it
+ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of steps, and the means of lag and filter
+metrics. A run whose numbers were no longer finite is a result, too: it is recorded as diverged, without a return. A run
+that fails otherwise is shown with the end of its output, which is kept in the folder `<out>.logs`, and the exit code is
+1 when all others are done. After Ctrl-C it is 130, and 2 if a method is unknown.
 """
 
 import contextlib
@@ -66,6 +66,7 @@ class Args:
     lag_schedule: str = "mixture"
     steps: int = 300_000  # environment steps per run
     flags: str = ""  # flags for all runs, as one string after a =: --flags="--num-actors 8 --num-envs 2"
+    reuse: tuple[Path, ...] = ()  # other files of results: a run that one of them has is copied, not repeated
     workers: int = 2  # runs at once; each is busy on one to two cores. Lockstep results do not depend on it
     dry_run: bool = False  # only print the commands of the runs that are missing
 
@@ -199,9 +200,10 @@ class Runner:
 
 
 def main(args):
-    done = set()
-    if args.out.exists():
-        done = {shlex.join(record["command"]) for record in read_records(args.out)}
+    done, known = (
+        {shlex.join(record["command"]): record for path in paths if path.exists() for record in read_records(path)}
+        for paths in ([args.out], args.reuse)
+    )
     jobs = {}  # command: what identifies the run in the results
     for seed in args.seeds:
         for lag in args.lags:
@@ -212,9 +214,11 @@ def main(args):
                         job = {"env_id": env_id, "method": method, "lag_schedule": args.lag_schedule, "lag": lag}
                         jobs[shlex.join(command)] = job | {"seed": seed, "steps": args.steps, "command": command}
     if args.dry_run:
-        print("\n".join(jobs))
+        print("\n".join(command for command in jobs if command not in known))
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    for command in [command for command in jobs if command in known]:
+        append_record(args.out, known[command] | jobs.pop(command))
     failed, runner = {}, Runner()
     progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
     with ThreadPoolExecutor(args.workers) as pool:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,6 +104,19 @@ def test_a_study_goes_on_where_it_was_and_names_what_failed():
     ]
     again = bash(*RUN, "--steps", "256", SHORT, "--methods", "VACO")  # nothing is missing
     assert again.returncode == 0 and Path("results.jsonl").read_text() == lines
+
+
+def test_a_run_of_another_study_is_copied_under_its_name_here():
+    flags = ["--steps", "256", SHORT, "--methods", "VACO"]
+    (command,) = bash(*RUN, *flags, "--dry-run").stdout.splitlines()
+    words = shlex.split(command)
+    other = json.dumps(record("an older name", "Hopper-v4", 0, 1, 3.0, command=words))
+    Path("other.jsonl").write_text(f"{other}\n")
+    reuse = ["--reuse", "other.jsonl", "missing.jsonl"]
+    assert bash(*RUN, *flags, *reuse, "--dry-run").stdout.strip() == "" and not Path("results.jsonl").exists()
+    assert bash(*RUN, *flags, *reuse).returncode == 0
+    (copied,) = map(json.loads, Path("results.jsonl").read_text().splitlines())
+    assert copied["method"] == "VACO" and copied["return"] == 3.0 and copied["command"] == words
 
 
 def test_methods_keep_their_own_flags_and_take_more():
