@@ -171,6 +171,7 @@ class Runner:
 
     def run(self, command, steps):
         """Run one command; returns its versions and what `outcome` does. Raises RuntimeError with its output."""
+        paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "w+") as output:
             with self.lock:
                 if self.stopped:
@@ -179,6 +180,7 @@ class Runner:
                 process = subprocess.Popen(
                     [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
                     cwd=folder,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},  # relative ones are not of `folder`
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
