@@ -7,8 +7,9 @@ lag, and the probability that VACO is better), _return (each environment by itse
 (performance profiles), _tv (total variation and dropped share against lag).
 
 Scores are normalised per environment. 0 is the policy before training (the method "untrained": a Gaussian of standard
-deviation 1 around nearly 0). 1 is the best mean at the smallest lag, among those methods in the files that have as many
-seeds there as any; the tables name them. A run without a return, which has diverged, counts as 0. IQM is the
+deviation 1 around nearly 0). 1 is the best mean at the smallest lag, among those methods in the files (without more
+flags, if there are any without) that have as many seeds there as any; the tables name them. A run without a return,
+because it diverged or no episode ended, counts as 0. IQM is the
 interquartile mean over all runs of all environments, from the seeds that a method has on all of them. Intervals are
 95 % stratified bootstrap intervals of rliable (arXiv 2108.13264), from three seeds on.
 """
@@ -93,12 +94,13 @@ class Results:
             runs[key] = run
         if not runs:
             raise SystemExit(f"error: no runs in {', '.join(map(str, args.results))}")
-        lengths, schedules = ({run[name] for run in runs.values()} for name in ("steps", "lag_schedule"))
+        trained = [run for (method, *_), run in runs.items() if method != "untrained"]  # which may be shorter
+        lengths, schedules = ({run[name] for run in trained or runs.values()} for name in ("steps", "lag_schedule"))
         if len(lengths) != 1 or len(schedules) != 1:
             kinds = f"{', '.join(sorted(schedules))}, of {', '.join(map(str, sorted(lengths)))} steps"
             raise SystemExit(f"error: runs are no one study, but {kinds}: give files of one kind")
         (self.steps,), (self.schedule,) = lengths, schedules
-        self.grid = np.array(next((run["grid"] for run in runs.values() if "grid" in run), []))
+        self.grid = np.array(next((run["grid"] for run in trained if "grid" in run), []))
         self.env_ids = list(dict.fromkeys(env_id for _, env_id, *_ in runs))
         known = list(dict.fromkeys(method for method, *_ in runs if method != "untrained"))
         known.sort(key=lambda method: [*LOOKS, ""].index(base_of(method)))  # stable
@@ -131,6 +133,7 @@ class Results:
     def set_scale(self, runs, known, first):
         """What the scores 0 and 1 are, and whose mean is 1; `first`: the smallest lag."""
         self.first, self.zero, self.one, self.best, self.raw = first, {}, {}, {}, []  # raw: what cannot be normalised
+        known = [method for method in known if method in LOOKS] or known
         groups = defaultdict(list)
         for (method, env_id, lag, _), run in runs.items():
             if lag == first or method == "untrained":
@@ -157,11 +160,17 @@ class Results:
         cell = self.cells.get((method, env_id, x), {})
         return {s: self.zero[env_id] if cell[s]["return"] is None else cell[s]["return"] for s in sorted(cell)}
 
-    def scores(self, method, x):
-        """Normalised scores [seeds, environments] of the seeds that are complete."""
+    def ends(self, method, env_id, x):
+        """The returns of the last tenth of the steps, {seed: return}; equally long for those that fall early."""
+        last = max(len(self.grid) // 10, 1)
+        curves = self.curves(method, env_id, x)[1][:, -last:]
+        return dict(zip(self.cells.get((method, env_id, x), {}), curves.mean(axis=1), strict=True))
+
+    def scores(self, method, x, returns_of=None):
+        """Normalised scores [seeds, environments] of the seeds that are complete; by default of `returns`."""
         columns = []
         for env_id in self.env_ids:
-            returns, zero = self.returns(method, env_id, x), self.zero[env_id]
+            returns, zero = (returns_of or self.returns)(method, env_id, x), self.zero[env_id]
             column = np.array([returns[seed] for seed in self.seeds(method, x)], dtype=float)
             columns.append((column - zero) / (self.one[env_id] - zero))
         return np.stack(columns, axis=1)
@@ -209,7 +218,7 @@ class Results:
         counts = [count for count in (whole if complete else map(len, self.cells.values())) if count] or [0]
         seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
         lost = sum(run["return"] is None for cell in self.cells.values() for run in cell.values())
-        lost = f" Runs without a return (diverged), counted as untrained: {lost}." if lost else ""
+        lost = f" Runs without a return, counted as untrained: {lost}." if lost else ""
         lag = SCHEDULES[self.schedule] + (f"; k = {self.lag}" if self.lag is not None else "")
         return f"{', '.join(self.env_ids)}; {self.steps:,} steps; {lag}; seeds: {seeds}.{lost}"
 
@@ -270,8 +279,8 @@ def clean(ax, title="", **labels):
         label.set(fontsize=SIZE, color=INK)
 
 
-def panels(rows, columns, width, height):
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+def panels(rows, columns, width, height, **options):
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
 
 
 def caption(figure, text):
@@ -313,7 +322,7 @@ def draw_lines(ax, results, points, seeds=None):
         seeds = {method: columns[0] for method, columns in (seeds or {}).items()}
         return draw_dots(ax, {method: line[0] for method, line in points.items()}, styles, seeds=seeds)
     for i, (method, line) in enumerate(points.items()):
-        places = np.arange(len(results.xs)) + min(0.035, 0.28 / len(points)) * (i - (len(points) - 1) / 2)
+        places = np.arange(len(results.xs)) + min(0.035, 0.1 / len(points)) * (i - (len(points) - 1) / 2)
         value, low, high = np.array(line, dtype=float).T
         look = {name: styles[method][name] for name in ("color", "linestyle", "linewidth", "zorder")}
         errors = np.maximum([value - low, high - value], 0)  # a percentile interval may leave out its own point
@@ -369,7 +378,8 @@ def plot_return(results):
 def plot_curves(results):
     """Learning curves, mean over seeds, one row per environment and one column per lag."""
     rows, columns, styles = len(results.env_ids), len(results.xs), style(results.methods)
-    figure, axes = panels(rows, columns, 4.2 * columns, max(2.9, 0.6 + 0.19 * len(results.methods)) * rows)
+    height = max(2.9, 0.6 + 0.19 * len(results.methods))
+    figure, axes = panels(rows, columns, 4.2 * columns, height * rows, sharey="row")
     for (i, j), ax in np.ndenumerate(axes):
         env_id, x, ends = results.env_ids[i], results.xs[j], {}
         for k, method in enumerate(results.methods):
@@ -383,7 +393,8 @@ def plot_curves(results):
         labels = {"ylabel": "return" * (j == 0), "xlabel": "thousand steps" * (i == rows - 1)}
         clean(ax, f"{env_id}, {results.at(x)}", xlim=(0, results.steps / 1e3), **labels)
         label_ends(ax, ends, styles)
-    caption(figure, f"Return of the episodes that ended, mean over seeds. {results.about()} Shaded: 95 % intervals.")
+    text = "Return of the episodes that ended, mean over seeds; lines join where none did."
+    caption(figure, f"{text} {results.about()} Shaded: 95 % intervals, from 3 seeds on; from few they are too narrow.")
     return figure
 
 
@@ -412,7 +423,8 @@ def plot_profile(results):
             name = textwrap.fill(others[j], 18)
             ax.set_title(name, fontsize=SIZE, color=styles[others[j]]["color"], fontweight="bold")
     text = "Share of runs above a normalised score: the method named above, and VACO (black, solid)."
-    caption(figure, f"{text} {results.about(complete=True)} Bands: 95 % intervals.")
+    bands = "Bands: 95 % intervals, from 3 seeds on; from few they are too narrow."
+    caption(figure, f"{text} {results.about(complete=True)} {bands}")
     return figure
 
 
@@ -477,24 +489,29 @@ def tables(results):
     ]
     if lost:
         names = "; ".join(", ".join(map(str, key)) for key in lost)
-        parts.append(
-            f"Without a return (diverged), counted as untrained: {names} (method, environment, {results.x_name}, seed)."
-        )
+        keys = f"(method, environment, {results.x_name}, seed)"
+        parts.append(f"Without a return (diverged, or no episode ended), counted as untrained: {names} {keys}.")
 
     def add(heading, row, shown=methods):
         rows = [[method, *(row(method, x) for x in xs)] for method in shown]
         if rows := [row for row in rows if any(row[1:])]:
             parts.append(f"**{heading}\n\n{markdown(header, rows)}")
 
-    text = "IQM of normalised scores**, 95 % stratified bootstrap intervals; from few seeds they are too narrow"
-    add(text, lambda m, x: cell(*results.iqm[m, x], len(results.seeds(m, x))))
+    text = "IQM of normalised scores** of the last 100 episodes, 95 % stratified bootstrap intervals"
+    add(f"{text}; from few seeds they are too narrow", lambda m, x: cell(*results.iqm[m, x], len(results.seeds(m, x))))
+    places = {place: results.scores(*place, results.ends) for place in results.iqm}
+    tail = {place: interval(scores, metrics.aggregate_iqm, results.reps) for place, scores in places.items()}
+    text = "The same, of the episodes in the last tenth of the steps**: as many steps of those that fall early"
+    add(text, lambda m, x: cell(*tail[m, x], len(results.seeds(m, x))))
     for env_id in results.env_ids:
         text = f"{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score 0 is"
         text += f" {results.zero[env_id]:.0f} (untrained), 1 is {results.one[env_id]:.0f} ({results.best[env_id]})"
         add(text, lambda m, x, env_id=env_id: spread(list(results.returns(m, env_id, x).values())))
     parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")
-    if "IMPALA" in methods:
-        parts.append("IMPALA has the others' learning rate and number of gradient steps; its own are one epoch's.")
+    flags = {m: " ".join(map(str, r["command"])) for (m, *_), part in results.cells.items() for r in part.values()}
+    for method in (method for method in methods if method.startswith("IMPALA")):
+        own = re.sub(r"\S+\.py |--(env-id|seed|total-timesteps|lag-schedule|lag) \S+ ", "", flags[method])
+        parts.append(f"{method}: minibatches of whole sequences, advantages not normalised, flags `{own}`.")
     published = [[env_id, *PUBLISHED[env_id]] for env_id in results.env_ids if env_id in PUBLISHED]
     if published and results.steps == 1_000_000:
         table = markdown(["", "CleanRL, v4", "tianshou, v3"], published)

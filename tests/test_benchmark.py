@@ -126,7 +126,9 @@ def test_methods_keep_their_own_flags_and_take_more():
     assert unknown.returncode == 2 and "--methods PPO: must begin with one of VACO" in unknown.stderr
 
 
-@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--seeds"], ["--steps", "many"], ["--sneeds", "3"]])
+@pytest.mark.parametrize(
+    "flags", [["--seeds", "0"], ["--seeds"], ["--steps", "many"], ["--steps", "9"], ["--out"], ["--sneeds", "3"]]
+)
 def test_wrong_options_of_a_study_are_one_line(flags):
     done = bash("bash", str(REPOSITORY / "benchmark" / "mujoco_lag.sh"), *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and flags[0] in done.stderr
@@ -232,9 +234,27 @@ def test_the_one_of_scores_is_of_a_method_with_as_many_seeds_as_any():
     results = results_of(returns)
     assert (results.one, results.best) == ({"A": 1.0}, {"A": "VACO"})
     assert "seeds: 3 to 5" in caption_of(plot.plot_main(results))
+    # Nor of a variant, which the other files of a study may not have
+    assert results_of({**returns, ("SPO --spo-eps 0.4", "A", 0): [9.0] * 5}).best == {"A": "VACO"}
     # Nor of one that is ahead on one environment only
     results = results_of({**returns, ("untrained", "B", 0): [0.0], ("VACO", "B", 0): [1.0], ("SPO", "B", 0): [2.0] * 3})
     assert results.best == {"A": "SPO", "B": "SPO"}
+
+
+def test_scores_of_the_last_tenth_of_the_steps_are_by_the_same_scale():
+    """An agent that falls early has its last 100 episodes within few steps, another over a third of the run."""
+    runs = [record("VACO", "A", 0, seed, 10.0, grid=list(range(5, 101, 5))) for seed in (0, 1)]
+    runs[0]["returns"], runs[1]["returns"] = [0.0] * 18 + [12.0, 14.0], [0.0] * 18 + [None, 20.0]
+    results = results_of({}, *runs, record("untrained", "A", 0, 0, 0.0, steps=5))  # which may be shorter
+    np.testing.assert_allclose(results.scores("VACO", 0)[:, 0], [1.0, 1.0])
+    np.testing.assert_allclose(results.scores("VACO", 0, results.ends)[:, 0], [1.3, 1.5])  # joined: 0, 10, 20
+    assert rows_of(plot.tables(results), "last tenth")["VACO"] == ["1.40 (2)"]
+
+
+def test_the_readme_shows_the_table_of_the_lag_study():
+    study = (REPOSITORY / "README.md").read_text().split("lag study -->")[1]
+    table = (REPOSITORY / "benchmark/results/mujoco_lag.md").read_text().split("\n\n")[2]
+    assert table.startswith("|  | lag 0 |") and table in study
 
 
 def test_statistics_by_hand():
@@ -431,7 +451,7 @@ def test_a_diverged_run_is_recorded_and_counts_as_untrained():
     np.testing.assert_allclose(curves, [[10, 15, 20, 30], [12, 14, 10, 10], [10, 10, 10, 10]])
     assert results.metric("VACO", 0, "lag/ess") == 0.5
     assert "counted as untrained: VACO, A, 0, 1; VACO, A, 0, 2" in plot.tables(results)
-    assert "(diverged), counted as untrained: 2." in caption_of(plot.plot_main(results))
+    assert "Runs without a return, counted as untrained: 2." in caption_of(plot.plot_main(results))
 
 
 def test_runs_of_several_programs_are_named():
