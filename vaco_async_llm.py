@@ -8,7 +8,8 @@ budget, the gradients that would raise it are dropped. No clipping.
     python vaco_async_llm.py                               # a tiny model made on the spot, sums
     python vaco_async_llm.py --objective grpo              # clipped ratios in place of the filter
     python vaco_async_llm.py --lag-schedule fixed --lag 4  # by the model of 4 batches ago
-    python vaco_async_llm.py --model ID_OR_FOLDER --task gsm8k --max-new-tokens 256
+    python vaco_async_llm.py --model ID_OR_FOLDER --task gsm8k --max-new-tokens 256 --prompts-per-rollout 4 \
+        --num-minibatches 4 --learning-rate 1e-6
 
   PolicyStore: the last versions of the model, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                 |
@@ -87,6 +88,7 @@ class Args:
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one
     actor_device: Literal["cpu", "cuda"] = "cpu"  # where actors generate; they may share the learner's GPU
     learner_threads: int = 1  # CPU threads of the learner
+    actor_threads: int = 1  # CPU threads of each actor; a large model has work for more
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
 
     # tiny: a small Llama made on the spot, with characters as tokens, warm-started on solved problems; else what
@@ -150,8 +152,13 @@ class Args:
     max_grad_norm: float = 1.0  # the largest norm of a gradient
 
     objective: Literal["vaco", "grpo"] = "vaco"  # what holds the policy back: the filter, or clipped ratios
+    # vaco: if toggled, gradients that raise the total variation are dropped while it is over budget
+    filter: bool = True
     # vaco: the budget on the total variation of a token, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED
     tv_threshold: float = 0.05
+    # vaco: where the total variation is measured from: behavior, the policy that generated (backward and forward lag),
+    # or learner, the policy at the batch's arrival (forward lag alone)
+    tv_anchor: Literal["behavior", "learner"] = "behavior"
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
 
@@ -286,9 +293,9 @@ class Agent(nn.Module):
         logprobs = torch.cat([score.float().log_softmax(-1).gather(1, token) for score, token in scores], 1)
         return tokens, logprobs.masked_fill(~mask, 0), mask
 
-    def evaluate(self, prompts, prompt_mask, tokens, mask):
-        """Log-probabilities of completions, and entropies of what each token was drawn from, [M, L]; both mean nothing
-        outside the mask."""
+    def evaluate(self, prompts, prompt_mask, tokens, mask, with_entropies=True):
+        """Log-probabilities of completions, and entropies of what each token was drawn from, or None, [M, L]; both mean
+        nothing outside the mask."""
         attention = torch.cat([prompt_mask, mask], 1).long()  # [M, P + L]
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": torch.cat([prompts, tokens], 1), "attention_mask": attention, "position_ids": positions}
@@ -298,22 +305,22 @@ class Agent(nn.Module):
         if 0 < self.args.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.args.top_k).values[..., -1:], -math.inf)
         logprobs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropies = torch.special.entr(logprobs.exp()).sum(-1)
+        entropies = torch.special.entr(logprobs.detach().exp()).sum(-1) if with_entropies else None
         return logprobs.gather(2, tokens.unsqueeze(2)).squeeze(2), entropies
 
     @torch.no_grad()
     def get_logprobs(self, num_parts, *rows):
         """Log-probabilities [M, L] as of `evaluate`, without gradient, and in parts, because logits are large."""
         parts = zip(*(row.tensor_split(num_parts) for row in rows), strict=True)
-        return torch.cat([self.evaluate(*part)[0] for part in parts])
+        return torch.cat([self.evaluate(*part, with_entropies=False)[0] for part in parts])
 
 
 def warm_start(args, agent, problems):
     """Train the tiny model on solved problems, so that reinforcement has something to improve, and stop early. The
     result is kept in runs/warm_starts, for runs with the same seed and task."""
     settings = (args.seed, args.task, task_options(args), args.system_prompt, args.warm_start_batches)
-    settings += (args.warm_start_accuracy, agent.model.config.to_dict(), inspect.getsource(warm_start))
+    settings += (args.warm_start_accuracy, agent.model.config.to_dict(), agent.tokenizer.chat_template, NUM_PROBLEMS)
+    settings += tuple(map(inspect.getsource, (warm_start, Problems, make_problems, tiny_model)))
     settings += (torch.__version__, transformers.__version__, reasoning_gym.__version__)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     path = f"runs/warm_starts/{digest}.pt"
@@ -346,6 +353,8 @@ def warm_start(args, agent, problems):
         nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+    else:
+        batch = args.warm_start_batches
     os.makedirs("runs/warm_starts", exist_ok=True)
     torch.save(agent.state_dict(), f"{path}.{os.getpid()}")
     os.replace(f"{path}.{os.getpid()}", path)  # other runs may make the same one at this moment
@@ -403,19 +412,24 @@ def group_advantages(rewards, group_size):
 
 
 def llm_minibatch(
-    agent, args, share, prompts, prompt_mask, tokens, mask, behavior_logprobs, advantages, reference_logprobs=None
-):
+    agent, args, share, prompts, prompt_mask, tokens, mask, behavior_logprobs, learner_logprobs, advantages,
+    reference_logprobs=None,
+):  # fmt: skip
     """Forward pass of one gradient step: M completions of a batch, which have the `share` of this learner in the tokens
     of the minibatch of all (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}. All means are over
     tokens within the mask."""
     newlogprobs, entropies = agent.evaluate(prompts, prompt_mask, tokens, mask)  # [M, L]
     newlogprobs = newlogprobs[mask]  # [K], as all that follows
-    log_ratios = log_ratio(newlogprobs, behavior_logprobs[mask])
+    behavior_logprobs = behavior_logprobs[mask]
+    log_ratios = log_ratio(newlogprobs, behavior_logprobs)
     ratios = log_ratios.exp()  # pi/beta
     advantages = advantages.unsqueeze(1).expand_as(mask)[mask]
     mean = partial(global_mean, share)  # over the minibatch of all learners
-    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, mean=mean)
+    learner_ratios = log_ratio(learner_logprobs[mask], behavior_logprobs).exp()
+    anchor_ratios = learner_ratios if args.tv_anchor == "learner" else None
+    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, mean)
     if args.objective == "vaco":
+        keep = keep | (not args.filter)
         policy_loss = vaco_loss(ratios, advantages, keep)
     else:
         policy_loss = clip_loss(ratios, advantages, args.clip_coef)
@@ -514,7 +528,7 @@ def generation_actor(args, index, generation, pause, make_agent, make_problems, 
     seconds waited, seconds taken), and a traceback if anything fails. An actor that takes the place of another, as of
     `generation` 1, does the same as it would have done.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.actor_threads)
     os.nice(args.actor_nice)
     leave_with_parent()
     time.sleep(pause)
@@ -664,7 +678,7 @@ def train(args):
             inputs, mask = (batch.prompts, batch.prompt_mask, batch.tokens, batch.mask), batch.mask
             learner_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)  # [S, L], as all log-probabilities
             learner_ratios = log_ratio(learner_logprobs, batch.logprobs)[mask].exp()  # [K], pi_T/beta of all tokens
-            rows = [*inputs, batch.logprobs, advantages]
+            rows = [*inputs, batch.logprobs, learner_logprobs, advantages]
             if reference:
                 rows.append(reference.get_logprobs(args.num_minibatches, *inputs))
 
@@ -986,9 +1000,10 @@ def validate(args):
     lowest = dict.fromkeys(("learner_threads", "max_prompt_tokens", "max_new_tokens", "eval_interval", "eval_size"), 1)
     lowest |= dict.fromkeys(("num_actors", "prompts_per_rollout", "rollouts_per_batch", "num_minibatches"), 1)
     lowest |= {"update_epochs": 1, "group_size": 2, "temperature": 1e-3, "max_grad_norm": 1e-9, "actor_timeout": 1}
-    lowest |= {"total_batches": 1, "learner_timeout": 1}
+    lowest |= {"total_batches": 1, "learner_timeout": 1, "warm_start_batches": 1, "actor_threads": 1}
     highest = {"seed": 2**31 - 1, "actor_nice": 19, "num_actors": 256, "lag": 10_000, "eval_size": 10_000}
-    highest |= {"learner_threads": 1024, "prompts_per_rollout": 4096, "group_size": 1024, "rollouts_per_batch": 1024}
+    highest |= {"actor_threads": 1024, "learner_threads": 1024}
+    highest |= {"prompts_per_rollout": 4096, "group_size": 1024, "rollouts_per_batch": 1024}
     highest |= {"max_prompt_tokens": 2**17, "max_new_tokens": 2**17, "warm_start_accuracy": 1}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
@@ -1396,8 +1411,8 @@ def check_resumed_batches(args, state, again=False):
         advice = f"the checkpoint is at batch {state['version']}; type a larger number"
         check(args, "total_batches", args.total_batches > state["version"], advice)
     free = {"total_batches", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
-    free |= {"cuda", "torch_deterministic", "actor_nice", "actor_device", "learner_threads", "save_model"}
-    free |= {"learner_timeout", "track", "wandb_project_name", "wandb_entity"}
+    free |= {"cuda", "torch_deterministic", "actor_nice", "actor_device", "actor_threads", "learner_threads"}
+    free |= {"save_model", "learner_timeout", "track", "wandb_project_name", "wandb_entity"}
     for name, before in vars(state["args"]).items():
         advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
         check(args, name, name in free or getattr(args, name) == before, advice)

@@ -99,7 +99,7 @@ def collected(agent, problems, args, rollouts=(0,)):
 
 
 def rows_of(batch, advantages):
-    return batch.prompts, batch.prompt_mask, batch.tokens, batch.mask, batch.logprobs, advantages
+    return batch.prompts, batch.prompt_mask, batch.tokens, batch.mask, batch.logprobs, batch.logprobs, advantages
 
 
 @pytest.fixture(scope="session")
@@ -253,12 +253,13 @@ class FixedAgent:
 
 RATIOS = torch.tensor([[1.5, 1.1, 9.0], [0.5, 1.0, 1.3]])  # the 9 is outside the mask
 MASK = torch.tensor([[True, True, False], [True, True, True]])
+LEARNER_RATIOS = torch.tensor([[1.5, 1.0, 0.1], [0.8, 1.0, 1.0]])
 ADVANTAGES = torch.tensor([1.0, -2.0])  # D = 1/2 (.5 + .1 + .5 + 0 + .3) / 5 = 0.14
 
 
 def minibatch_by_hand(args, reference_logprobs=None):
-    logprobs = (RATIOS.log() - 1).requires_grad_()
-    inputs = (None, None, None, MASK, torch.full((2, 3), -1.0), ADVANTAGES, reference_logprobs)
+    logprobs, behavior = (RATIOS.log() - 1).requires_grad_(), torch.full((2, 3), -1.0)
+    inputs = (None, None, None, MASK, behavior, LEARNER_RATIOS.log() - 1, ADVANTAGES, reference_logprobs)
     loss, logs = llm_minibatch(FixedAgent(logprobs), args, 1, *inputs)
     loss.backward()
     return loss.item(), logprobs.grad, {name: value.item() for name, value in logs.items()}
@@ -279,6 +280,23 @@ def test_filter_by_hand_over_tokens(threshold, kept):
     torch.testing.assert_close(gradient, -terms / 5)
     assert logs["filter/gate_open"] == (threshold < 0.14)
     assert logs["filter/dropped"] == pytest.approx(1 - kept.sum().item() / 5)
+
+
+def test_filter_is_off_or_anchored_at_the_learner_by_flag():
+    terms = RATIOS * ADVANTAGES[:, None] / 5
+    _, gradient, logs = minibatch_by_hand(Args(tv_threshold=0.01, filter=False))
+    torch.testing.assert_close(gradient, -terms * MASK)
+    assert logs["filter/dropped"] == 0 and logs["filter/gate_open"] == 1
+    # D = 1/2 (0 + .1 + .3 + 0 + .3) / 5 = 0.07 from the learner's policy; A (r - pi_T/beta) = 0 .1; .6 0 -.6
+    for threshold, kept in ((0.071, [[1, 1, 0], [1, 1, 1]]), (0.069, [[1, 0, 0], [0, 1, 1]])):
+        _, gradient, _ = minibatch_by_hand(Args(tv_threshold=threshold, tv_anchor="learner"))
+        torch.testing.assert_close(gradient, -terms * torch.tensor(kept))
+
+
+def test_grpo_without_clipping_is_vaco_without_the_filter():
+    vaco = minibatch_by_hand(Args(filter=False))
+    grpo = minibatch_by_hand(Args(objective="grpo", clip_coef=1e6))
+    assert vaco[0] == grpo[0] and torch.equal(vaco[1], grpo[1])
 
 
 def test_grpo_by_hand_over_tokens():
@@ -309,7 +327,8 @@ def test_a_token_that_truncation_excludes_now_has_no_gradient():
         greedy, _, mask = agent.generate(prompts, prompt_mask, sample=False)
     tokens = (greedy + 1) % 90  # none of them is the most likely one
     logprobs = torch.full(tokens.shape, -1.0)
-    loss, logs = llm_minibatch(agent, args, 1, prompts, prompt_mask, tokens, mask, logprobs, torch.ones(1))
+    rows = (prompts, prompt_mask, tokens, mask, logprobs, logprobs, torch.ones(1))
+    loss, logs = llm_minibatch(agent, args, 1, *rows)
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in agent.parameters())
     assert max(parameter.grad.abs().max() for parameter in agent.parameters()) < 1e-6
@@ -321,7 +340,8 @@ def test_reference_kl_leaves_out_what_truncation_excludes():
     away = -math.inf
     logprobs = torch.tensor([[-1.0, away, away, -1.2]], requires_grad=True)
     reference = torch.tensor([[-1.5, away, -1.0, away]])
-    inputs = (None, None, None, torch.ones(1, 4).bool(), torch.full((1, 4), -1.0), torch.zeros(1), reference)
+    behavior = torch.full((1, 4), -1.0)
+    inputs = (None, None, None, torch.ones(1, 4).bool(), behavior, behavior, torch.zeros(1), reference)
     loss, logs = llm_minibatch(FixedAgent(logprobs), Args(kl_coef=2), 1, *inputs)
     loss.backward()
     expected = (math.exp(-0.5) - 1 + 0.5) / 4
@@ -407,7 +427,7 @@ def test_completions_are_not_executed():
     assert problems.score(f"[{', '.join(numbers)}]", entry) == 0.1  # as a list of Python
 
 
-def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_model):
+def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_model, capsys):
     """Solved means what it means in `accuracy`: by the most likely completion."""
     args = replace(SMALL, model=warm_model, warm_start_batches=1)
     problems, agent = make_agent(args)
@@ -418,9 +438,9 @@ def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_mod
     assert 0 < share < 1
     before = agent.model.model.norm.weight.clone()
     warm_start(replace(args, warm_start_accuracy=share), agent, problems)
-    assert torch.equal(agent.model.model.norm.weight, before)
+    assert torch.equal(agent.model.model.norm.weight, before) and "after 0 batches" in capsys.readouterr().out
     warm_start(replace(args, warm_start_accuracy=share + 0.004), agent, problems)
-    assert not torch.equal(agent.model.model.norm.weight, before)
+    assert not torch.equal(agent.model.model.norm.weight, before) and "after 1 batches" in capsys.readouterr().out
 
 
 def test_numbers_are_read_as_in_gsm8k():
@@ -753,6 +773,7 @@ BAD = [
     ({"model": "no/such/folder.gguf"}, "--model no/such/folder.gguf: there is no such file"),
     ({"lag": 4, "lag_schedule": "async"}, "type --lag-schedule fixed"),
     ({"group_size": 1}, "--group-size 1: must be a number from 2 to"),
+    ({"warm_start_batches": 0}, "--warm-start-batches 0: must be a number from 1 to"),
     ({"temperature": 0.0}, "--temperature 0.0: must be a number from 0.001 to"),
     ({"num_minibatches": 100}, "--num-minibatches 100: more than the 24 completions of a batch"),
     ({"actor_device": "cuda"}, "type --actor-device cpu"),
