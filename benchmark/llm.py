@@ -3,10 +3,12 @@
     python benchmark/llm.py --out results/llm_lag.jsonl --methods "vaco" "grpo" --lags 0 4 16 --seeds 1 2 3
 
 A method is an objective, with more flags if wanted: "vaco --tv-threshold 0.05". Resumable: runs that are recorded in
-the file are skipped. All runs of a seed begin with the same warm-started model, which the first ones make.
+the file are skipped; those that a file of `--reuse` has are shown from there. All runs of a seed begin with the same
+warm-started model, which the first ones make.
 """
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -40,6 +42,7 @@ class Args:
     steps: int = 200  # batches per run
     workers: int = 2  # runs at once; each is busy on one core, or two. Lockstep results do not depend on it
     flags: str = ""  # flags for all runs, as one string after a =: --flags="--eval-size 100"
+    reuse: tuple[Path, ...] = ()  # other files of results: a run that one of them has is not repeated
     folder: Path = REPOSITORY  # runs/ is there, with the warm-started models
 
 
@@ -60,7 +63,8 @@ def run(command, folder):
     events = EventAccumulator(str(Path(folder, logs)), size_guidance={"scalars": 0})
     events.Reload()
     curve = [(event.step, round(event.value, 4)) for event in events.Scalars("charts/accuracy")]
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("lag/", "filter/", "charts/reward"))]
+    kept = ("lag/", "filter/", "losses/", "charts/reward", "charts/completion_length")
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(kept)]
     lag = max(event.value for event in events.Scalars("lag/versions_max"))  # which the first batches cannot have
     metrics = {tag: [event.value for event in events.Scalars(tag) if event.step > lag] for tag in tags}
     return {
@@ -73,9 +77,11 @@ def run(command, folder):
 
 
 def table(records):
-    """Markdown: held-out accuracy before and after, per method and lag, over seeds."""
+    """Markdown: held-out accuracy before and after, per method and lag, over seeds; and by how much the mean of each
+    run differs from that of the first method with the same lag and seed."""
     columns = ["method", "lag", "seeds", "before", "after", "change, each seed", "mean of the run"]
-    columns += ["reward", "TV on arrival", "over budget", "dropped"]
+    columns += [f"the same, minus {records[0]['method']}", "reward", "TV on arrival", "over budget", "dropped"]
+    means = {}
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, lag in dict.fromkeys((record["method"], record["lag"]) for record in records):
         group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
@@ -84,11 +90,17 @@ def table(records):
                    for tag in ("charts/reward", "lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
         after = f"{curves[:, -1].mean():.1f}" + (f" ± {curves[:, -1].std(ddof=1):.1f}" if len(group) > 2 else "")
         changes = ", ".join(f"{change:+.1f}" for change in curves[:, -1] - curves[:, 0])
+        own = dict(zip([record["seed"] for record in group], curves[:, 1:].mean(1), strict=True))
+        first = means.setdefault(lag, own)
+        ahead = [f"{value - first[seed]:+.1f}" for seed, value in own.items() if first is not own and seed in first]
+        # The gate is the filter's; with clipped ratios it only says that the default budget was exceeded
+        over = f"{metrics[2]:.0%}" if method.startswith("vaco") and "--no-filter" not in method else ""
         lines.append(
             f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {after} | {changes} | "
-            f"{curves[:, 1:].mean():.1f} | {metrics[0]:.3f} | {metrics[1]:.3f} | {metrics[2]:.0%} | {metrics[3]:.0%} |"
+            f"{curves[:, 1:].mean():.1f} | {', '.join(ahead)} | {metrics[0]:.3f} | {metrics[1]:.3f} | {over} | "
+            f"{metrics[3]:.0%} |"
         )
-    lines += ["", "± is the standard deviation over seeds; columns 4 to 7 are of the held-out accuracy in %."]
+    lines += ["", "± is the standard deviation over seeds; columns 4 to 8 are of the held-out accuracy in %."]
     lines[-1] += " Reward (of sampled completions) and what follows are means over the batches that have the whole lag."
     commits = sorted({record["commit"] for record in records})
     lines[-1] += f" Commits: {', '.join(commits)}."
@@ -98,29 +110,41 @@ def table(records):
 
 
 def draw(records, path):
-    """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean."""
+    """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean, named at its end."""
+    looks = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", ":", "^"), ("#009E73", "-.", "D")]
+    looks += [("#CC79A7", "-", "v"), ("#E69F00", "--", "P"), ("#56B4E9", ":", "X")]
     lags, methods = (list(dict.fromkeys(record[key] for record in records)) for key in ("lag", "method"))
-    figure, panels = plt.subplots(1, len(lags), figsize=(4 * len(lags), 3.2), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(lags), figsize=(5 * len(lags), 3.6), sharey=True, squeeze=False)
     for panel, lag in zip(panels[0], lags, strict=True):
-        for color, method in enumerate(methods):
+        ends = []
+        for (color, line, marker), method in zip(looks * len(methods), methods, strict=False):
             group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
             for record in group:
-                panel.plot(*zip(*record["accuracy"], strict=True), color=f"C{color}", alpha=0.3, linewidth=1)
+                panel.plot(*zip(*record["accuracy"], strict=True), color=color, alpha=0.25, linewidth=1)
             if group:
                 steps = [step for step, _ in group[0]["accuracy"]]
                 mean = np.mean([[value for _, value in record["accuracy"]] for record in group], axis=0)
-                panel.plot(steps, mean, color=f"C{color}", linewidth=2, label=method)
+                panel.plot(steps, mean, color=color, linestyle=line, marker=marker, markersize=4, linewidth=2)
+                ends.append((mean[-1], f"{method} ({len(group)})", color))
+        low, high = panel.get_ylim()
+        height = -math.inf
+        for end, name, color in sorted(ends):  # moved apart, so that the names do not overlap
+            height = max(end, height + 0.06 * (high - low))
+            panel.annotate(
+                name, (steps[-1], height), (6, 0), textcoords="offset points", color=color, fontsize=8, va="center"
+            )
         panel.set_title(f"lag {lag}")
         panel.set_xlabel("batches")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("held-out accuracy, greedy")
-    panels[0][0].legend()
+    text = "thin: a seed, thick: the mean; in parentheses: seeds"
+    figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def main(args):
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    lines = [line for path in (*args.reuse, args.out) if path.exists() for line in path.read_text().splitlines()]
     records = {shlex.join(json.loads(line)["command"]): json.loads(line) for line in lines}
     jobs = [(method, lag, seed) for seed in args.seeds for lag in args.lags for method in args.methods]
     args.out.parent.mkdir(parents=True, exist_ok=True)

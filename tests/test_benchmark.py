@@ -21,6 +21,7 @@ from conftest import REPOSITORY
 from matplotlib.text import Text
 
 sys.path.insert(0, str(REPOSITORY / "benchmark"))
+import llm
 import plot
 import run as runner
 import throughput
@@ -52,10 +53,8 @@ def test_the_lag_study_runs_from_one_command_to_its_figures():
         assert tables.with_name(f"mujoco_lag_{figure}.png").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("study", ["mujoco_lag", "ablation", "mujoco_1m", "atari_lag"])
-def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
-    """All commands of the study's script, with results made up instead of runs."""
+def calls_of(study, monkeypatch):
+    """What the script of a study calls Python with."""
     python = Path("bin", "python")
     python.parent.mkdir()
     log = f"import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(Path.cwd() / 'calls')!r}, 'a'))"
@@ -63,9 +62,16 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
     python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{python.parent.resolve()}:{os.environ['PATH']}")
     assert bash("bash", str(REPOSITORY / "benchmark" / f"{study}.sh")).returncode == 0
+    return list(map(json.loads, Path("calls").read_text().splitlines()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["mujoco_lag", "ablation", "mujoco_1m", "atari_lag"])
+def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
+    """All commands of the study's script, with results made up instead of runs."""
     random = np.random.default_rng(0)
     plots = []
-    for program, *flags in map(json.loads, Path("calls").read_text().splitlines()):
+    for program, *flags in calls_of(study, monkeypatch):
         if program.endswith("plot.py"):
             args = tyro.cli(plot.Args, args=flags)
             out = (args.out or args.results[0].with_suffix("")).name
@@ -85,6 +91,35 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
         assert f"wrote {args.out}.md and {', '.join(figures)}" in capsys.readouterr().out
         assert all(Path(figure).exists() for figure in figures)
         assert "nan" not in Path(f"{args.out}.md").read_text()
+
+
+@pytest.mark.parametrize("study", ["llm_lag", "llm_threshold", "llm_clipping"])
+def test_the_runs_of_every_study_of_language_models_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
+    """As above. What is shown of clipped ratios has no share of steps over a budget, which is the filter's."""
+    calls = calls_of(study, monkeypatch)
+    assert calls
+    for program, *flags in calls:
+        assert program.endswith("llm.py")
+        args = tyro.cli(llm.Args, args=flags)
+        args = replace(args, out=Path(args.out.name), reuse=())
+        places = itertools.product(args.methods, args.lags, args.seeds)
+        for number, (method, lag, seed) in enumerate(places):
+            script, *command = llm.command_of(method, lag, seed, args)
+            tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=command)
+            metrics = {"charts/reward": 0.5, "filter/gate_open": 0.25, "filter/dropped": 0.125}
+            made_up = {"method": method, "lag": lag, "seed": seed, "command": [script, *command], "commit": "abc"}
+            made_up |= {"accuracy": [(0, 0.5), (25, 0.5 + number / 1000)], "metrics": metrics}
+            runner.append_record(args.out, made_up)
+        llm.main(args)  # all runs are there
+        assert args.out.with_suffix(".png").exists()
+        rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]][:-2]
+        assert len(rows) == len(args.methods) * len(args.lags)
+        for method, lag, seeds, before, *_, over, dropped in rows:
+            assert (seeds, before, dropped) == (str(len(args.seeds)), "50.0", "12%") and int(lag) in args.lags
+            assert over.strip() == ("25%" if method.startswith("vaco") and "--no-filter" not in method else "")
+        first, second, *_ = (row[7] for row in rows if row[1] == rows[0][1])  # pairs of runs of one seed
+        ahead = f"{len(args.lags) * len(args.seeds) / 10:+.1f}"
+        assert (first.strip(), second) == ("", ", ".join([ahead] * len(args.seeds)))
 
 
 @pytest.mark.slow
