@@ -2,7 +2,7 @@
 # To be run after mujoco_lag.sh, whose runs without lag it takes over: they set the scale of scores.
 # What the parts of VACO do: under backward lag (mixture, lag 8), beside others with wider trust regions, too, because only
 # VACO's is as wide as 0.2; and under forward lag (more and more updates, lag 0).
-#   bash benchmark/ablation.sh [--seeds 3] [--steps 300000] [--workers 2] [--smoke]
+#   bash benchmark/ablation.sh [--seeds 3] [--steps 300000] [--workers 2] [--out FOLDER] [--smoke]
 seeds=3 steps=300000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Atari under lag. 10M steps of one run are hours on a few cores.
-#   bash benchmark/atari_lag.sh [--seeds 3] [--steps 10000000] [--workers 2] [--smoke]
+#   bash benchmark/atari_lag.sh [--seeds 3] [--steps 10000000] [--workers 2] [--out FOLDER] [--smoke]
 seeds=3 steps=10000000
 source "$(dirname "$0")/options.sh"
 envs="Pong-v5 Breakout-v5" lags="0 8" methods=("VACO" "PPO-clip" "IMPALA" "IMPALA, 1 epoch")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Language models under lag: the filter, clipped ratios, and neither (a budget of 1), with completions of exactly 0, 4 or
 # 16 versions ago. The budget (0.05) is the one that llm_threshold.sh found; the clipping range (0.2) is not tuned.
-#   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--smoke]      (steps: batches)
+#   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
 seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
 lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The budget of the filter on tokens, at lag 4, and a learning rate at which data of that age can still be used.
-#   bash benchmark/llm_threshold.sh [--seeds 2] [--steps 200] [--workers 2] [--smoke]      (steps: batches)
+#   bash benchmark/llm_threshold.sh [--seeds 2] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
 seeds=2 steps=200
 source "$(dirname "$0")/options.sh"
 methods=() flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Anchors: VACO and PPO without lag, 1M steps, to hold against published results of PPO.
-#   bash benchmark/mujoco_1m.sh [--seeds 3] [--steps 1000000] [--workers 2] [--smoke]
+#   bash benchmark/mujoco_1m.sh [--seeds 3] [--steps 1000000] [--workers 2] [--out FOLDER] [--smoke]
 seeds=3 steps=1000000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Humanoid-v4"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lag study: every method with data of the last 1, 5 or 17 policies (mixture, lag 0, 4, 16), equal data and networks.
-#   bash benchmark/mujoco_lag.sh [--seeds 5] [--steps 300000] [--workers 2] [--smoke]
+#   bash benchmark/mujoco_lag.sh [--seeds 5] [--steps 300000] [--workers 2] [--out FOLDER] [--smoke]
 seeds=5 steps=300000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4" lags="0 4 16"
