@@ -13,6 +13,7 @@ import torch
 
 from vaco_async_mujoco import (
     LATEST,
+    PRELOAD,
     Actors,
     Agent,
     Args,
@@ -280,6 +281,7 @@ def test_publication_is_atomic_under_contention():
     store = PolicyStore(agent, num_versions=2)
     store.publish(agent, 0)
     context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)  # other tests' actors come from the same server
     writer = context.Process(target=publish_for_ever, args=(store,), daemon=True)
     writer.start()
     try:
