@@ -292,6 +292,38 @@ def test_the_readme_shows_the_table_of_the_lag_study():
     assert table.startswith("|  | lag 0 |") and table in study
 
 
+def test_the_readme_tells_what_the_ablation_found():
+    readme = " ".join((REPOSITORY / "README.md").read_text().replace("*", "").split())
+    lag8, epochs = ((REPOSITORY / f"benchmark/results/ablation_{part}.md").read_text() for part in ("lag8", "epochs"))
+
+    def numbers(method, heading="**IQM", table=lag8):  # of each column of a table
+        return [cell.split()[0] for cell in rows_of(table, heading)[method]]
+
+    def ahead(method):  # in %: how often VACO is better, and the interval
+        return [round(100 * float(n)) for n in re.findall(r"\d\.\d+", rows_of(lag8, "**Prob")[method][0])]
+
+    budgets = [*numbers("VACO --tv-threshold 0.05"), *numbers("VACO --tv-threshold 0.1"), *numbers("VACO")]
+    assert f"Budget: {', '.join(budgets + numbers('VACO --tv-threshold 0.4'))} with" in readme
+    halves = [numbers(method)[0] for method in ("VACO, no filter", "VACO, no alignment", "VACO --no-filter --no-align")]
+    assert "Halves: {} without the filter, {} without the alignment, {} without both".format(*halves) in readme
+    assert "({} % of pairs [{}, {}], ".format(*ahead("VACO, no filter")) in readme
+    assert "{} % [{}, {}]), but of the plain".format(*ahead("VACO, no alignment")) in readme
+    assert "left without both ({} % [{}, {}])".format(*ahead("VACO --no-filter --no-align")) in readme
+    for env_id, words in (("HalfCheetah-v4", "a mean return of {} against {}"), ("Hopper-v4", "worse ({} against {})")):
+        means = [numbers(method, f"**{env_id}")[0] for method in ("VACO --tv-anchor learner", "VACO")]
+        assert words.format(*means) in readme
+    for method, wider in (("PPO-clip", "--clip-coef"), ("decoupled PPO", "--clip-coef"), ("SPO", "--spo-eps")):
+        assert f"from {numbers(method)[0]} to {numbers(f'{method} {wider} 0.4')[0]}" in readme
+    assert "ahead in {} % [{}, {}]".format(*ahead("PPO-clip --clip-coef 0.4")) in readme
+    assert "certainly ahead ({} % [{}, {}])".format(*ahead("decoupled PPO --clip-coef 0.4")) in readme
+    for method in ("VACO --tv-threshold 0.1", "PPO-clip --clip-coef 0.4"):
+        assert f"({float(numbers(method, '**lag/tv_total')[0]):.2f})" in readme
+    vaco, ppo = (", ".join(numbers(method, table=epochs)) for method in ("VACO", "PPO-clip"))
+    assert f"1, 4, 10, 20 epochs at lag 0 give VACO {vaco}, PPO-clip {ppo} " in readme
+    shares = [round(100 * float(share)) for share in numbers("PPO-clip", "**Prob", epochs)]
+    assert "({}, {}, {}, {} % of pairs,".format(*shares) in readme
+
+
 def test_statistics_by_hand():
     results = results_of(
         {
