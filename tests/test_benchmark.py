@@ -93,6 +93,16 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
         assert "nan" not in Path(f"{args.out}.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["mujoco_lag", "ablation"])
+def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
+    calls = [flags for program, *flags in calls_of(study, monkeypatch) if program.endswith("plot.py")]
+    assert calls
+    for args in (tyro.cli(plot.Args, args=flags) for flags in calls):
+        out = args.out or args.results[0].with_suffix("")
+        assert plot.tables(plot.Results(args)) == out.with_name(f"{out.name}.md").read_text()
+
+
 @pytest.mark.parametrize("study", ["llm_lag", "llm_threshold", "llm_clipping"])
 def test_the_runs_of_every_study_of_language_models_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
     """As above. What is shown of clipped ratios has no share of steps over a budget, which is the filter's."""
