@@ -5,6 +5,11 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 workers=2 smoke= default=$steps
 results=$here/results
+usage="the options are --seeds N, --steps N, --workers N, --out FOLDER, --smoke"
+case " $* " in
+*" --help "* | *" -h "*) sed -n '2,/^[^#]/{s/^# *//p}' "$0"; echo "$usage"; exit ;;
+*" --smoke "*) smoke=1 seeds=1 steps=4096 results=$(mktemp -d) ;; # but for what is typed
+esac
 while [ $# -gt 0 ]; do
     case $1 in
     --seeds | --steps | --workers)
@@ -17,19 +22,15 @@ while [ $# -gt 0 ]; do
         results=$2
         shift 2
         ;;
-    --smoke)
-        smoke=1
-        shift
-        ;;
+    --smoke) shift ;;
     *)
-        echo "error: $1: the options are --seeds N, --steps N, --workers N, --out FOLDER, --smoke" >&2
+        echo "error: $1: $usage" >&2
         exit 2
         ;;
     esac
 done
-[ ! $smoke ] || { seeds=1 steps=4096 results=$(mktemp -d); }
 # Runs of other lengths are no one study with those that are there
-if [ ! $smoke ] && [ "$steps" != "$default" ] && [ "$results" = "$here/results" ]; then
+if [ "$steps" != "$default" ] && [ "$results" = "$here/results" ]; then
     echo "error: --steps $steps: the recorded runs have $default, type --out FOLDER for others" >&2
     exit 2
 fi

@@ -14,13 +14,17 @@ interquartile mean over all runs of all environments, from the seeds that a meth
 95 % stratified bootstrap intervals of rliable (arXiv 2108.13264), from three seeds on.
 """
 
+import itertools
+import math
 import re
+import sys
 import textwrap
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 import matplotlib
 
@@ -67,6 +71,9 @@ PUBLISHED = {
 }
 
 
+Figure = Literal["main", "return", "curves", "profile", "tv"]
+
+
 @dataclass
 class Args:
     results: tyro.conf.Positional[tuple[Path, ...]]  # files of benchmark/run.py; several are put together
@@ -77,6 +84,7 @@ class Args:
     # out, unless its default is given: "tv-threshold=0.2"
     x: str | None = None
     reps: int = 2000  # bootstrap samples
+    figures: tuple[Figure, ...] = get_args(Figure)  # figures to draw
 
 
 class Results:
@@ -87,13 +95,18 @@ class Results:
 
     def __init__(self, args):
         self.reps, runs = args.reps, {}
+        for path in args.results:
+            if not path.is_file():
+                raise SystemExit(f"error: {path}: no such file")
         for run in (run for path in args.results for run in read_records(path)):
+            if "env_id" not in run:
+                raise SystemExit(f"error: {run['command'][0]}: not drawn here, but by benchmark/llm.py")
             key = run["method"], run["env_id"], run["lag"], run["seed"]
             if key in runs and runs[key]["command"] != run["command"]:
                 raise SystemExit(f"error: two different runs are {', '.join(map(str, key))}: give results of one study")
             runs[key] = run
         if not runs:
-            raise SystemExit(f"error: no runs in {', '.join(map(str, args.results))}")
+            raise SystemExit(f"error: no runs in {', '.join(map(str, args.results)) or 'no files: name some'}")
         trained = [run for (method, *_), run in runs.items() if method != "untrained"]  # which may be shorter
         lengths, schedules = ({run[name] for run in trained or runs.values()} for name in ("steps", "lag_schedule"))
         if len(lengths) != 1 or len(schedules) != 1:
@@ -220,6 +233,7 @@ class Results:
         lost = sum(run["return"] is None for cell in self.cells.values() for run in cell.values())
         lost = f" Runs without a return, counted as untrained: {lost}." if lost else ""
         lag = SCHEDULES[self.schedule] + (f"; k = {self.lag}" if self.lag is not None else "")
+        lag = "lag 0: every batch by the newest policy" if self.lag == 0 and self.schedule != "async" else lag
         return f"{', '.join(self.env_ids)}; {self.steps:,} steps; {lag}; seeds: {seeds}.{lost}"
 
 
@@ -322,7 +336,7 @@ def draw_lines(ax, results, points, seeds=None):
         seeds = {method: columns[0] for method, columns in (seeds or {}).items()}
         return draw_dots(ax, {method: line[0] for method, line in points.items()}, styles, seeds=seeds)
     for i, (method, line) in enumerate(points.items()):
-        places = np.arange(len(results.xs)) + min(0.035, 0.1 / len(points)) * (i - (len(points) - 1) / 2)
+        places = np.arange(len(results.xs)) + min(0.035, 0.3 / len(points)) * (i - (len(points) - 1) / 2)
         value, low, high = np.array(line, dtype=float).T
         look = {name: styles[method][name] for name in ("color", "linestyle", "linewidth", "zorder")}
         errors = np.maximum([value - low, high - value], 0)  # a percentile interval may leave out its own point
@@ -376,12 +390,14 @@ def plot_return(results):
 
 
 def plot_curves(results):
-    """Learning curves, mean over seeds, one row per environment and one column per lag."""
-    rows, columns, styles = len(results.env_ids), len(results.xs), style(results.methods)
+    """Learning curves, mean over seeds, one row per environment and one column per lag; of one lag one row."""
+    shown, styles = list(itertools.product(results.env_ids, results.xs)), style(results.methods)
+    columns = len(results.xs) if len(results.xs) > 1 else len(results.env_ids)
+    rows = len(shown) // columns
     height = max(2.9, 0.6 + 0.19 * len(results.methods))
-    figure, axes = panels(rows, columns, 4.2 * columns, height * rows, sharey="row")
-    for (i, j), ax in np.ndenumerate(axes):
-        env_id, x, ends = results.env_ids[i], results.xs[j], {}
+    figure, axes = panels(rows, columns, 4.2 * columns, height * rows, sharey="row" if len(results.xs) > 1 else False)
+    ends = defaultdict(dict)
+    for ((i, j), ax), (env_id, x) in zip(np.ndenumerate(axes), shown, strict=True):
         for k, method in enumerate(results.methods):
             grid, curves = results.curves(method, env_id, x)
             if curves.size:
@@ -389,10 +405,11 @@ def plot_curves(results):
                 look = styles[method] | {"markersize": 3.5, "linewidth": 0.7 * styles[method]["linewidth"]}
                 ax.plot(grid / 1e3, mean, label=method, markevery=(k % 5, 5), **look)
                 ax.fill_between(grid / 1e3, low, high, color=look["color"], alpha=0.1, linewidth=0)
-                ends[method] = grid[-1] / 1e3, mean[-1]
+                ends[ax][method] = grid[-1] / 1e3, mean[-1]
         labels = {"ylabel": "return" * (j == 0), "xlabel": "thousand steps" * (i == rows - 1)}
         clean(ax, f"{env_id}, {results.at(x)}", xlim=(0, results.steps / 1e3), **labels)
-        label_ends(ax, ends, styles)
+    for ax in axes.flat:  # when the last panel of a row has widened the axis that they share
+        label_ends(ax, ends[ax], styles)
     text = "Return of the episodes that ended, mean over seeds; lines join where none did."
     caption(figure, f"{text} {results.about()} Shaded: 95 % intervals, from 3 seeds on; from few they are too narrow.")
     return figure
@@ -404,24 +421,31 @@ def plot_profile(results):
     scores = {(method, x): results.scores(method, x) for method in results.methods for x in results.xs}
     values = np.concatenate([[0, 1], *(part.ravel() for part in scores.values())])
     taus = np.linspace(values.min() - 0.05, values.max() + 0.05, 401)
-    figure, axes = panels(len(results.xs), len(others), 0.8 + 1.5 * len(others), 1.1 + 1.5 * len(results.xs))
+    shown = list(itertools.product(results.xs, others))
+    columns = len(others) if len(results.xs) > 1 else min(len(others), 4)
+    rows = math.ceil(len(shown) / columns)
+    figure, axes = panels(rows, columns, 0.8 + 1.5 * columns, 1.1 + 1.6 * rows)
     for (i, j), ax in np.ndenumerate(axes):
-        for method in dict.fromkeys(("VACO", others[j])):
-            part = scores.get((method, results.xs[i]), ())
+        if i * columns + j >= len(shown):
+            ax.set_axis_off()
+            continue
+        x, other = shown[i * columns + j]
+        for method in dict.fromkeys(("VACO", other)):
+            part = scores.get((method, x), ())
             if len(part):
                 shares = interval(part, lambda drawn: (drawn[..., None] > taus).mean(axis=(0, 1)), results.reps)
                 look = {name: styles[method][name] for name in ("color", "linestyle", "zorder")}
                 ax.plot(taus, shares[0], linewidth=1.4, label=method, **look)
                 ax.fill_between(taus, *shares[1:], color=look["color"], alpha=0.15, linewidth=0)
-            elif method == others[j]:
+            elif method == other:
                 ax.text(0.5, 0.5, "no runs", transform=ax.transAxes, ha="center", fontsize=SIZE, color="#888888")
-        last = i == len(results.xs) - 1
-        labels = {"xlabel": "score" * last, "ylabel": results.at(results.xs[i]) * (j == 0)}
+        last = i * columns + j + columns >= len(shown)
+        labels = {"xlabel": "score" * last, "ylabel": results.at(x) * (j == 0)}
         clean(ax, ylim=(0, 1), yticks=(0, 0.5, 1), xlim=(taus[0], taus[-1]), **labels)
         ax.tick_params(labelleft=j == 0, labelbottom=last)
-        if i == 0:
-            name = textwrap.fill(others[j], 18)
-            ax.set_title(name, fontsize=SIZE, color=styles[others[j]]["color"], fontweight="bold")
+        if i == 0 or len(results.xs) == 1:
+            name = textwrap.fill(other, 18)
+            ax.set_title(name, fontsize=SIZE, color=styles[other]["color"], fontweight="bold")
     text = "Share of runs above a normalised score: the method named above, and VACO (black, solid)."
     bands = "Bands: 95 % intervals, from 3 seeds on; from few they are too narrow."
     caption(figure, f"{text} {results.about(complete=True)} {bands}")
@@ -531,14 +555,21 @@ def tables(results):
 def main(args):
     results = Results(args)
     out = args.out or args.results[0].with_suffix("")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(f"{out.name}.md").write_text(tables(results))
     plots = {"main": plot_main, "return": plot_return, "curves": plot_curves, "profile": plot_profile, "tv": plot_tv}
-    for name, plot in plots.items():
-        figure = plot(results)
+    for name in args.figures:
+        figure = plots[name](results)
         figure.savefig(out.with_name(f"{out.name}_{name}.png"), dpi=150)
         plt.close(figure)
-    print(f"wrote {out}.md and {', '.join(f'{out.name}_{name}.png' for name in plots)}")
+    print(f"wrote {out}.md and {', '.join(f'{out.name}_{name}.png' for name in args.figures)}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error, file=sys.stderr)
+            error.code = 2
+        raise

@@ -9,7 +9,8 @@ complete, with few seeds, long before the study is. One line of JSON per run has
 ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of steps, and the means of lag and filter
 metrics. A run whose numbers were no longer finite is a result, too: it is recorded as diverged, without a return. A run
 that fails otherwise is shown with the end of its output, which is kept in the folder `<out>.logs`, and the exit code is
-1 when all others are done. After Ctrl-C it is 130, and 2 if a method is unknown.
+1 when all others are done. After Ctrl-C it is 130, and 2 if options cannot work. A change of a script repeats no run:
+recorded runs of another state of it are counted at the start.
 """
 
 import contextlib
@@ -23,12 +24,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -51,6 +54,7 @@ METHODS = {
     # The policy before any training: the zero of normalised scores
     "untrained": "ppo_async_baseline.py --learning-rate 0 --update-epochs 1 --num-minibatches 1",
 }
+KNOWN = ", ".join(f'"{name}"' for name in METHODS)
 STRETCHES = 20  # of equal length, per learning curve
 METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl")
 
@@ -58,12 +62,13 @@ METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl")
 @dataclass
 class Args:
     out: Path  # the file of results, one line of JSON per run; made if it is not there
-    env_ids: tuple[str, ...]
-    # names as in METHODS (see the top of benchmark/run.py), each with more flags if wanted: "VACO --tv-threshold 0.1"
-    methods: tuple[str, ...]
-    lags: tuple[int, ...] = (0,)
-    seeds: tuple[int, ...] = (1,)
-    lag_schedule: str = "mixture"
+    env_ids: tuple[str, ...]  # environments, as --env-id of the scripts takes them
+    methods: Annotated[
+        tuple[str, ...], tyro.conf.arg(help=f'{KNOWN}, each with more flags if wanted: "VACO --no-align"')
+    ]
+    lags: tuple[int, ...] = (0,)  # policy lags, in versions
+    seeds: tuple[int, ...] = (1,)  # seeds of the runs
+    lag_schedule: Literal["mixture", "fixed", "async"] = "mixture"  # as in the scripts; async takes lag 0 alone
     steps: int = 300_000  # environment steps per run
     flags: str = ""  # flags for all runs, as one string after a =: --flags="--num-actors 8 --num-envs 2"
     reuse: tuple[Path, ...] = ()  # other files of results: a run that one of them has is copied, not repeated
@@ -82,7 +87,7 @@ def command_of(method, env_id, seed, lag, args):
     """The command line of one run, a list from the script's name on. Exits with code 2 if no such method is known."""
     names = [name for name in METHODS if method == name or method.startswith(f"{name} --")]
     if not names:
-        print(f"error: --methods {method}: must begin with one of {', '.join(METHODS)}", file=sys.stderr)
+        print(f"error: --methods {method}: must begin with one of {KNOWN}", file=sys.stderr)
         raise SystemExit(2)
     name = max(names, key=len)
     domain, epochs, rate = ("atari", 16, 6e-4) if is_atari(env_id) else ("mujoco", 20, 3e-4)
@@ -201,22 +206,47 @@ class Runner:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def check(args):
+    """Exit with code 2 and one line if the options cannot work."""
+    if args.workers < 1:
+        print(f"error: --workers {args.workers}: must be a number from 1 on", file=sys.stderr)
+        raise SystemExit(2)
+    if args.lag_schedule == "async" and any(args.lags):
+        print("error: --lag-schedule async: has no lag to set, type --lags 0", file=sys.stderr)
+        raise SystemExit(2)
+    for path in args.reuse:
+        if not path.exists():
+            print(f"warning: --reuse {path}: is not there, so no run is taken from it", file=sys.stderr)
+
+
 def main(args):
+    check(args)
     done, known = (
         {shlex.join(record["command"]): record for path in paths if path.exists() for record in read_records(path)}
         for paths in ([args.out], args.reuse)
     )
-    jobs = {}  # command: what identifies the run in the results
+    jobs, changed = {}, Counter()  # jobs: command -> what identifies the run in the results
+    hashes = {script: fingerprint(script) for script in {record["command"][0] for record in (done | known).values()}}
     for seed in args.seeds:
         for lag in args.lags:
             for env_id in args.env_ids:
                 for method in args.methods:
                     command = command_of(method, env_id, seed, lag, args)
+                    recorded = done.get(shlex.join(command)) or known.get(shlex.join(command), {})
+                    changed[command[0]] += recorded.get("script", hashes.get(command[0])) != hashes.get(command[0])
                     if shlex.join(command) not in done:
                         job = {"env_id": env_id, "method": method, "lag_schedule": args.lag_schedule, "lag": lag}
                         jobs[shlex.join(command)] = job | {"seed": seed, "steps": args.steps, "command": command}
+    for script in +changed:
+        print(
+            f"note: {changed[script]} recorded runs are of another state of {script}; they are kept. To repeat "
+            "them, delete their lines, or type another --out",
+            file=sys.stderr,
+        )
     if args.dry_run:
-        print("\n".join(command for command in jobs if command not in known))
+        for command in jobs:
+            if command not in known:
+                print(command)
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for command in [command for command in jobs if command in known]:

@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 scripts="vaco_async_mujoco vaco_async_atari" seconds=20 smoke=
+case " $* " in *" --help "* | *" -h "*) exec python throughput.py --help ;; esac # which would install, else
 if [ "${1:-}" = --smoke ]; then
     shift
     smoke=1 scripts="vaco_async_mujoco" seconds=2

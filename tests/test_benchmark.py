@@ -87,7 +87,7 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
     assert plots
     for args in plots:
         plot.main(args)
-        figures = [f"{args.out}_{figure}.png" for figure in ("main", "return", "curves", "profile", "tv")]
+        figures = [f"{args.out}_{figure}.png" for figure in args.figures]
         assert f"wrote {args.out}.md and {', '.join(figures)}" in capsys.readouterr().out
         assert all(Path(figure).exists() for figure in figures)
         assert "nan" not in Path(f"{args.out}.md").read_text()
@@ -155,10 +155,16 @@ def test_a_run_of_another_study_is_copied_under_its_name_here():
     flags = ["--steps", "256", SHORT, "--methods", "VACO"]
     (command,) = bash(*RUN, *flags, "--dry-run").stdout.splitlines()
     words = shlex.split(command)
-    other = json.dumps(record("an older name", "Hopper-v4", 0, 1, 3.0, command=words))
+    other = json.dumps(record("an older name", "Hopper-v4", 0, 1, 3.0, command=words, script="abc"))
     Path("other.jsonl").write_text(f"{other}\n")
     reuse = ["--reuse", "other.jsonl", "missing.jsonl"]
-    assert bash(*RUN, *flags, *reuse, "--dry-run").stdout.strip() == "" and not Path("results.jsonl").exists()
+    nothing = bash(*RUN, *flags, *reuse, "--dry-run")
+    assert nothing.stdout == "" and not Path("results.jsonl").exists()
+    note, warning = (
+        "1 recorded runs are of another state of vaco_async_mujoco.py",
+        "--reuse missing.jsonl: is not there",
+    )
+    assert note in nothing.stderr and warning in nothing.stderr
     assert bash(*RUN, *flags, *reuse).returncode == 0
     (copied,) = map(json.loads, Path("results.jsonl").read_text().splitlines())
     assert copied["method"] == "VACO" and copied["return"] == 3.0 and copied["command"] == words
@@ -168,7 +174,35 @@ def test_methods_keep_their_own_flags_and_take_more():
     listed = bash(*RUN, "--flags=--update-epochs 2", "--methods", "IMPALA", "IMPALA, 1 epoch", "--dry-run").stdout
     assert [re.findall(r"--update-epochs (\d+)", line)[-1] for line in listed.splitlines()] == ["20", "1"]
     unknown = bash(*RUN, "--methods", "PPO", "--dry-run")
-    assert unknown.returncode == 2 and "--methods PPO: must begin with one of VACO" in unknown.stderr
+    assert (
+        unknown.returncode == 2 and '--methods PPO: must begin with one of "VACO", "VACO, no filter"' in unknown.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "program, flags, words",
+    [
+        ("run.py", RUN[2:] + ["--methods", "VACO", "--workers", "0"], "--workers 0: must be"),
+        ("run.py", RUN[2:] + ["--methods", "VACO", "--lag-schedule", "async", "--lags", "4"], "type --lags 0"),
+        ("plot.py", ["missing.jsonl"], "missing.jsonl: no such file"),
+        ("plot.py", [str(REPOSITORY / "benchmark/results/llm_lag.jsonl")], "but by benchmark/llm.py"),
+    ],
+)
+def test_wrong_options_of_a_program_are_one_line(program, flags, words):
+    done = bash(sys.executable, str(REPOSITORY / "benchmark" / program), *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_help_starts_nothing_and_names_what_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("PEERS", str(Path("peers").resolve()))  # where throughput.sh would install other programs
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for study, words in (("throughput", "--rounds"), ("mujoco_lag", "the options are --seeds N")):
+        done = bash("bash", str(REPOSITORY / "benchmark" / f"{study}.sh"), "--help")
+        assert done.returncode == 0 and words in done.stdout
+    assert not Path("peers").exists() and not Path("results.jsonl").exists()
+    text = " ".join(re.sub("[│╭╮╰╯─]", "", bash(*RUN[:2], "--help").stdout).split())
+    assert '"VACO, no filter"' in text and all(f"--{flag}" in text for flag in ("lags", "seeds", "env-ids"))
+    assert text.count('"IMPALA, 1 epoch"') == 1  # only at --methods
 
 
 @pytest.mark.parametrize(
@@ -423,6 +457,18 @@ def test_returns_curves_and_profiles_show_each_environment_and_lag():
             np.testing.assert_allclose(line.get_ydata(), [(scores > tau).mean() for tau in taus])
     tv = plot.plot_tv(results).axes[0]
     np.testing.assert_allclose(drawn(tv)["VACO"][0], [1.5, 1.9])
+
+
+def test_labels_of_curves_are_at_their_ends():
+    """Also where a later panel of the row widens the axis that they share."""
+    runs = {("untrained", "A", 0): [0.0], ("VACO", "A", 0): [1.0], ("VACO", "A", 4): [100.0], ("VACO", "A", 8): [50.0]}
+    figure = plot.plot_curves(results_of(runs))
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        (label,) = (text for text in ax.texts if text.get_text() == "VACO")
+        end = ax.transData.transform((0, ax.lines[0].get_ydata()[-1]))[1]
+        box = label.get_window_extent()
+        assert box.y0 <= end <= box.y1
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap():
