@@ -182,8 +182,8 @@ def test_methods_keep_their_own_flags_and_take_more():
 @pytest.mark.parametrize(
     "program, flags, words",
     [
-        ("run.py", RUN[2:] + ["--methods", "VACO", "--workers", "0"], "--workers 0: must be"),
-        ("run.py", RUN[2:] + ["--methods", "VACO", "--lag-schedule", "async", "--lags", "4"], "type --lags 0"),
+        ("run.py", [*RUN[2:], "--methods", "VACO", "--workers", "0"], "--workers 0: must be"),
+        ("run.py", [*RUN[2:], "--methods", "VACO", "--lag-schedule", "async", "--lags", "4"], "type --lags 0"),
         ("plot.py", ["missing.jsonl"], "missing.jsonl: no such file"),
         ("plot.py", [str(REPOSITORY / "benchmark/results/llm_lag.jsonl")], "but by benchmark/llm.py"),
     ],
@@ -330,42 +330,95 @@ def test_scores_of_the_last_tenth_of_the_steps_are_by_the_same_scale():
     assert rows_of(plot.tables(results), "last tenth")["VACO"] == ["1.40 (2)"]
 
 
-def test_the_readme_shows_the_table_of_the_lag_study():
-    study = (REPOSITORY / "README.md").read_text().split("lag study -->")[1]
-    table = (REPOSITORY / "benchmark/results/mujoco_lag.md").read_text().split("\n\n")[2]
-    assert table.startswith("|  | lag 0 |") and table in study
+HOPPER, CHEETAH = "Hopper-v4", "HalfCheetah-v4"
+README = " ".join((REPOSITORY / "README.md").read_text().replace("*", "").split())
+
+
+def ahead(table, method, column=0):
+    """How often VACO is better than a method, in % of pairs of runs, and the interval."""
+    return [round(100 * float(n)) for n in re.findall(r"\d\.\d+", rows_of(table, "**Probability")[method][column])]
+
+
+def better(method, other, env_id):
+    """In how many pairs of runs of the ablation at lag 8 the first method is better."""
+    runs = {}
+    for run in runner.read_records(REPOSITORY / "benchmark/results/ablation_lag8.jsonl"):
+        if (run["env_id"], run["lag"]) == (env_id, 8):
+            runs.setdefault(run["method"], []).append(run["return"])
+    return sum(a > b for a, b in itertools.product(runs[method], runs[other]))
+
+
+def test_the_readme_tells_what_the_lag_study_found():
+    tables = (REPOSITORY / "benchmark/results/mujoco_lag.md").read_text()
+    table = tables.split("\n\n")[2]
+    assert table.startswith("|  | lag 0 |") and table in (REPOSITORY / "README.md").read_text()
+    assert "decoupled PPO in {} % of pairs of runs, [{}, {}])".format(*ahead(tables, "decoupled PPO")) in README
+    for method in ("PPO-clip", "decoupled PPO", "PPO-KL"):
+        assert "of {} in {} % [{}, {}]".format(method, *ahead(tables, method, 1)) in README
+    assert "not for certain ({} % [{}, {}];".format(*ahead(tables, "decoupled PPO", 2)) in README
+    assert "at 16 that is {} % [{}, {}]".format(*ahead(tables, "VACO, no filter", 2)) in README
+    shares = [ahead(tables, "VACO, no alignment", column)[0] for column in range(3)]
+    assert "at any lag ({}, {}, {} %;".format(*shares) in README
+    runs = {}
+    for run in runner.read_records(REPOSITORY / "benchmark/results/mujoco_lag.jsonl"):
+        runs.setdefault((run["method"], run["env_id"], run["lag"]), []).append(run["return"])
+    vaco, clip = (runs[method, "Hopper-v4", 0] for method in ("VACO", "PPO-clip"))
+    share = 1 - plot.probability_of_improvement(np.c_[vaco], np.c_[clip])
+    assert f"on Hopper PPO-clip is ahead ({share:.0%} of pairs)".replace("%", " %") in README
+    cheetah = runs["VACO", "HalfCheetah-v4", 0]
+    assert f"({max(cheetah):.0f}, median {np.median(cheetah):.0f})" in README
+    one, spo = (rows_of(tables, "**lag/tv_total")[method][0] for method in ("VACO", "SPO"))
+    clip, decoupled = (rows_of(tables, "**lag/tv_total")[method][0] for method in ("PPO-clip", "decoupled PPO"))
+    assert f"{float(clip):.2f}" == f"{float(decoupled):.2f}"
+    words = "{:.2f} for VACO, {:.2f} for PPO-clip and decoupled PPO, {:.2f} for SPO"
+    assert words.format(float(one), float(clip), float(spo)) in README
+    late = [float(rows_of(tables, "**lag/tv_total")[method][2]) for method in ("decoupled PPO", "VACO")]
+    assert "at 16 decoupled PPO's is {:.2f} and VACO's {:.2f}".format(*late) in README
 
 
 def test_the_readme_tells_what_the_ablation_found():
-    readme = " ".join((REPOSITORY / "README.md").read_text().replace("*", "").split())
     lag8, epochs = ((REPOSITORY / f"benchmark/results/ablation_{part}.md").read_text() for part in ("lag8", "epochs"))
 
     def numbers(method, heading="**IQM", table=lag8):  # of each column of a table
         return [cell.split()[0] for cell in rows_of(table, heading)[method]]
 
-    def ahead(method):  # in %: how often VACO is better, and the interval
-        return [round(100 * float(n)) for n in re.findall(r"\d\.\d+", rows_of(lag8, "**Prob")[method][0])]
-
     budgets = [*numbers("VACO --tv-threshold 0.05"), *numbers("VACO --tv-threshold 0.1"), *numbers("VACO")]
-    assert f"Budget: {', '.join(budgets + numbers('VACO --tv-threshold 0.4'))} with" in readme
-    halves = [numbers(method)[0] for method in ("VACO, no filter", "VACO, no alignment", "VACO --no-filter --no-align")]
-    assert "Halves: {} without the filter, {} without the alignment, {} without both".format(*halves) in readme
-    assert "({} % of pairs [{}, {}], ".format(*ahead("VACO, no filter")) in readme
-    assert "{} % [{}, {}]), but of the plain".format(*ahead("VACO, no alignment")) in readme
-    assert "left without both ({} % [{}, {}])".format(*ahead("VACO --no-filter --no-align")) in readme
-    for env_id, words in (("HalfCheetah-v4", "a mean return of {} against {}"), ("Hopper-v4", "worse ({} against {})")):
+    assert f"Budget: {', '.join(budgets + numbers('VACO --tv-threshold 0.4'))} with" in README
+    parts = [numbers(method)[0] for method in ("VACO, no filter", "VACO, no alignment", "VACO --no-filter --no-align")]
+    assert "{} without the filter, {} without the alignment, {} without both".format(*parts) in README
+    assert "without the filter ({} % of pairs [{}, {}])".format(*ahead(lag8, "VACO, no filter")) in README
+    assert "without the alignment ({} % [{}, {}]:".format(*ahead(lag8, "VACO, no alignment")) in README
+    assert "left without both ({} % [{}, {}])".format(*ahead(lag8, "VACO --no-filter --no-align")) in README
+    for env_id, words in (
+        (CHEETAH, "mean return is {} against {}, in {} of 9 pairs better"),
+        (HOPPER, "on Hopper {} against {}, worse in all"),
+    ):
         means = [numbers(method, f"**{env_id}")[0] for method in ("VACO --tv-anchor learner", "VACO")]
-        assert words.format(*means) in readme
-    for method, wider in (("PPO-clip", "--clip-coef"), ("decoupled PPO", "--clip-coef"), ("SPO", "--spo-eps")):
-        assert f"from {numbers(method)[0]} to {numbers(f'{method} {wider} 0.4')[0]}" in readme
-    assert "ahead in {} % [{}, {}]".format(*ahead("PPO-clip --clip-coef 0.4")) in readme
-    assert "certainly ahead ({} % [{}, {}])".format(*ahead("decoupled PPO --clip-coef 0.4")) in readme
+        assert words.format(*means, better("VACO --tv-anchor learner", "VACO", env_id)) in README
+    assert better("VACO", "VACO --tv-anchor learner", HOPPER) == 9
+    tight, loose = ([better(f"VACO --tv-threshold {x}", "VACO", e) for e in (HOPPER, CHEETAH)] for x in (0.1, 0.4))
+    assert "0.1 has the higher mean on Hopper ({} of 9), the lower on HalfCheetah ({} of 9)".format(*tight) in README
+    assert "0.4 the higher on HalfCheetah ({1} of 9) and the lower on Hopper ({0} of 9)".format(*loose) in README
+    for method, wider in (("PPO-clip", "--clip-coef"), ("SPO", "--spo-eps")):
+        assert f"from {numbers(method)[0]} to {numbers(f'{method} {wider} 0.4')[0]}" in README
+    wide = "decoupled PPO --clip-coef 0.4"
+    assert f"Decoupled PPO has {numbers('decoupled PPO')[0]} and, wider, {numbers(wide)[0]}" in README
+    results = plot.Results(plot.Args((REPOSITORY / "benchmark/results/ablation_lag8.jsonl",), lags=(8,)))
+    means = [results.scores(method, 8).mean() for method in ("decoupled PPO", wide)]
+    assert "by the mean of scores {:.2f} and {:.2f}".format(*means) in README
+    words = "ahead of neither ({} % [{}, {}] and {} % [{}, {}])"
+    assert words.format(*ahead(lag8, "decoupled PPO"), *ahead(lag8, wide)) in README
+    assert "ahead in {} % [{}, {}]".format(*ahead(lag8, "PPO-clip --clip-coef 0.4")) in README
+    pairs = [better("VACO --tv-threshold 0.1", "PPO-clip --clip-coef 0.4", env_id) for env_id in (HOPPER, CHEETAH)]
+    assert "ahead on Hopper, level on HalfCheetah ({} of 9 and {} of 9)".format(*pairs) in README
     for method in ("VACO --tv-threshold 0.1", "PPO-clip --clip-coef 0.4"):
-        assert f"({float(numbers(method, '**lag/tv_total')[0]):.2f})" in readme
+        assert f"({float(numbers(method, '**lag/tv_total')[0]):.2f})" in README
     vaco, ppo = (", ".join(numbers(method, table=epochs)) for method in ("VACO", "PPO-clip"))
-    assert f"1, 4, 10, 20 epochs at lag 0 give VACO {vaco}, PPO-clip {ppo} " in readme
+    assert f"1, 4, 10, 20 epochs at lag 0 give VACO {vaco}, PPO-clip {ppo} " in README
     shares = [round(100 * float(share)) for share in numbers("PPO-clip", "**Prob", epochs)]
-    assert "({}, {}, {}, {} % of pairs,".format(*shares) in readme
+    assert "({}, {}, {}, {} % of pairs,".format(*shares) in README
+    at_20 = [float(numbers(method, "**lag/tv_total", epochs)[3]) for method in ("VACO", "PPO-clip")]
+    assert "grows to {:.2f} at 20 epochs, PPO-clip's to {:.2f}".format(*at_20) in README
 
 
 def test_statistics_by_hand():
