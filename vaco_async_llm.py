@@ -8,7 +8,7 @@ budget, the gradients that would raise it are dropped. No clipping.
     python vaco_async_llm.py                               # a tiny model made on the spot, sums
     python vaco_async_llm.py --objective grpo              # clipped ratios in place of the filter
     python vaco_async_llm.py --lag-schedule fixed --lag 4  # by the model of 4 batches ago
-    python vaco_async_llm.py --model ID_OR_FOLDER --prompts-per-rollout 4 --learning-rate 1e-6
+    python vaco_async_llm.py --model ID_OR_FOLDER --max-new-tokens 256 --prompts-per-rollout 4 --learning-rate 1e-6
 
   PolicyStore: the last versions of the model, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                 |
@@ -32,10 +32,12 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing as mp
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -50,6 +52,7 @@ from decimal import Decimal
 from functools import cached_property, partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -216,20 +219,25 @@ class Problems:
             answer = last_number(text) if number else text.strip()
         if number and as_number(answer) == as_number(expected):
             return 1.0
-        if self.args.task in EVALUATING and not is_plain(answer):
-            return 0.0
+        if self.args.task in EVALUATING:
+            return verify_apart(self.verify, answer, entry) if is_plain(answer) else 0.0
         try:
             with time_limit(5):
                 score = float(self.verify(answer, entry))
-        except Exception:  # not every verifier takes whatever a model may say
+        except (Exception, TimeIsUp):  # not every verifier takes whatever a model may say
             return 0.0
         return float(score >= 1) if number else score
 
 
 def last_number(text):
-    """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250"."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
-    return numbers[-1].removesuffix(".0") if numbers else ""
+    """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250". What an
+    expression ends with is none, because it is not its value: "15/5" -> ""."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\N{MINUS SIGN}", "-"))
+    numbers = re.findall(
+        r"((?<=[\d)])[ \t]*[-+*/^][ \t]*)?(-?[ \t]?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE]-?\d+)?)", text
+    )
+    operator, number = numbers[-1] if numbers else ("", "")
+    return "" if operator else re.sub(r"\s|\.0$", "", number)
 
 
 def as_number(text):
@@ -728,8 +736,10 @@ def train(args):
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
+            stops = torch.tensor(agent.model.generation_config.eos_token_id, device=device)
             of_completions = {
                 "charts/reward": batch.rewards.mean().item(),
+                "charts/cut": 1 - (torch.isin(batch.tokens, stops) & mask).any(1).float().mean().item(),
                 "filter/groups_without_variance": without_variance,
             }
             scalars = global_means(share, means) | global_means(1 / WORLD_SIZE, of_completions)
@@ -1092,12 +1102,21 @@ def tiny_model(problems):
 def load_language_model(args, problems):
     """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it would warn at every attempt
     flag = "evaluate" if args.evaluate else "model"  # that named it
     source = {"pretrained_model_name_or_path": args.model}
     if args.model.endswith(".gguf"):
         check(args, flag, os.path.isfile(args.model), "there is no such file")
         folder, file = os.path.split(os.path.abspath(args.model))
         source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
+    elif os.path.isdir(args.model) and args.model != "tiny":
+        there = os.path.isfile(f"{args.model}/model/config.json")
+        advice = (
+            f"has no config.json; type {args.model}/model" if there else "has no config.json: --save-model makes one"
+        )
+        check(args, flag, os.path.isfile(f"{args.model}/config.json"), advice)
+    else:
+        check(args, flag, not args.model.startswith(("/", ".", "~")), "there is no such folder")
     try:
         if args.model == "tiny":
             model, tokenizer = tiny_model(problems)
@@ -1125,27 +1144,53 @@ def make_problems(args, seed):
     try:
         return reasoning_gym.create_dataset(args.task, seed=seed, size=NUM_PROBLEMS, **task_options(args))
     except Exception as error:  # no JSON, an option that is not there, a value that the task refuses
-        check(args, "task_config", False, f"{args.task} does not take it: {one_line(error)}")
+        check(args, "task_config" if args.task_config else "task", False, f"cannot make problems: {one_line(error)}")
+
+
+class TimeIsUp(BaseException):
+    """In no `except Exception` of a verifier's."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raise TimeoutError in what takes more CPU time: the load of the machine changes nothing. Python allows it in the
-    main thread only."""
+    """Raise TimeIsUp in what takes more CPU time: the load of the machine changes nothing. Python allows it in the main
+    thread only."""
 
     def stop(*_):
-        raise TimeoutError(f"more than {seconds} s of CPU time")
+        raise TimeIsUp(f"more than {seconds} s of CPU time")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again, if it is caught in spite of all
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def verify_apart(verify, answer, entry, seconds=5, gigabytes=1.0):
+    """What a verifier that evaluates answers gives one, in a copy of this process, which the system ends after as much
+    CPU time, and which gets no more than as much new memory: 0 if it fails. Some answers are short and endless."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            with contextlib.suppress(OSError):  # in other systems than Linux memory has no such limit
+                data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+                limit = int(data[1]) * 2**10 + int(gigabytes * 2**30)
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            os.write(write, str(float(verify(answer, entry))).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        score = pipe.read()
+    os.waitpid(child, 0)
+    return float(score or 0)
 
 
 def load_gsm8k(args):

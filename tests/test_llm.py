@@ -6,12 +6,14 @@ import math
 import multiprocessing as mp
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -395,6 +397,36 @@ def test_a_verifier_that_does_not_end_gives_0(monkeypatch):
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
+def test_a_verifier_that_swallows_errors_is_stopped_too(monkeypatch):
+    monkeypatch.setattr(vaco_async_llm, "time_limit", lambda _, limit=vaco_async_llm.time_limit: limit(0.2))
+    problems, start = Problems(Args()), time.process_time()
+
+    def verify(answer, entry):
+        for _ in range(2):
+            try:
+                while time.process_time() < start + 3:
+                    pass
+            except Exception:
+                pass
+        return 1.0
+
+    problems.verify = verify
+    assert problems.score("no number", {"answer": "a word"}) == 0 and time.process_time() < start + 2
+
+
+@pytest.mark.parametrize("answer", ["(0,)*200000000", "10**10**10"])
+def test_short_answers_that_take_all_memory_or_time_give_0(monkeypatch, answer):
+    """By verifiers that evaluate answers: Python cannot be interrupted within a power, the process can be ended."""
+    limits = {"seconds": 1, "gigabytes": 0.5}
+    monkeypatch.setattr(vaco_async_llm, "verify_apart", partial(vaco_async_llm.verify_apart, **limits))
+    problems = Problems(Args(task="spiral_matrix"))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert vaco_async_llm.is_plain(answer) and problems.score(answer, problems[0]) == 0
+    assert problems.score(problems[0]["answer"], problems[0]) == 1
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 3 and after.ru_maxrss < 2 * 2**20  # in kB: not 7 GB
+
+
 def test_completions_are_not_executed():
     """By verifiers that evaluate them, whose list is complete; what they would accept, they still get."""
     found = {
@@ -445,7 +477,17 @@ def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_mod
 
 def test_numbers_are_read_as_in_gsm8k():
     texts = {"#### 1,250": "1250", "$3.50 in all.": "3.50", "no": "", "5-7 = -2.": "-2", "4.0": "4", "1 then 2": "2"}
+    texts |= {
+        "\N{MINUS SIGN}3": "-3",
+        "so - 3": "-3",
+        "5 - 8 is -3": "-3",
+        "1.\n- 3": "-3",
+        ".5": ".5",
+        "is 1e3": "1e3",
+    }
+    texts |= {"15/5": "", "5-2": "", "5 - 2": "", "(4)+3": "", "10^1000": "", "+12": "12", "v.5": "5"}  # not a value
     assert {text: last_number(text) for text in texts} == texts
+    assert as_number(".5") == as_number("0.50") and as_number("1e3") == as_number("1,000")
     assert as_number("$18.00") == as_number("18") != as_number("-18") and as_number("eighteen") is None
 
 
@@ -531,7 +573,7 @@ def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, monkeypatch
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
     curves, run = read_run()
     expected = {
-        "charts": {"accuracy", "reward", "completion_length", "learning_rate", "tokens_per_second"},
+        "charts": {"accuracy", "reward", "completion_length", "cut", "learning_rate", "tokens_per_second"},
         "losses": {"policy_loss", "entropy", "old_approx_kl", "approx_kl", "grad_norm", "reference_kl"},
         "lag": {"versions_mean", "versions_max", "tv_backward", "tv_forward", "tv_total", "ess"},
         "filter": {"gate_open", "dropped", "groups_without_variance"},
@@ -548,6 +590,9 @@ def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, monkeypatch
     assert curves["charts/reward"] == pytest.approx([batch.rewards.mean().item() for batch in batches])
     lengths = [batch.mask.sum(1).float().mean().item() for batch in batches]
     assert curves["charts/completion_length"] == pytest.approx(lengths)
+    stops = torch.tensor(agent.model.generation_config.eos_token_id)
+    cut = [b.mask.all(1) & ~torch.isin(b.tokens[:, -1], stops) for b in batches]
+    assert curves["charts/cut"] == pytest.approx([part.float().mean().item() for part in cut])
     same = [(rewards == rewards[:, :1]).all(1).float().mean() for rewards in (b.rewards.view(-1, 4) for b in batches)]
     assert curves["filter/groups_without_variance"] == pytest.approx(torch.stack(same).tolist())
     events = EventAccumulator(str(run))
@@ -768,8 +813,10 @@ BAD = [
     ({"task": "gsm8k", "task_config": "{}"}, "--task-config {}: gsm8k has no options; leave it out"),
     ({"task": "rush_hour", "eval_size": 2}, "--task rush_hour: has no written answers"),
     ({"task": "chain_some"}, "--task chain_some: no task of reasoning-gym, and not gsm8k; closest: chain_sum"),
-    ({"task_config": "{"}, "--task-config {: chain_sum does not take it"),
-    ({"task_config": '{"terms": 2}'}, "does not take it"),
+    ({"task_config": "{"}, "--task-config {: cannot make problems"),
+    ({"task_config": '{"terms": 2}'}, "cannot make problems"),
+    ({"task": "word_ladder"}, "--task word_ladder: cannot make problems: "),
+    ({"model": "./nope"}, "--model ./nope: there is no such folder"),
     ({"model": "no/such/folder.gguf"}, "--model no/such/folder.gguf: there is no such file"),
     ({"lag": 4, "lag_schedule": "async"}, "type --lag-schedule fixed"),
     ({"group_size": 1}, "--group-size 1: must be a number from 2 to"),
@@ -792,6 +839,8 @@ def test_a_saved_model_is_evaluated_with_its_flags(warm_model, monkeypatch, caps
     shares = vaco_async_llm.evaluate_model(args)
     assert f"evaluation, greedy: accuracy {reached} +-" in capsys.readouterr().out
     assert shares["sampled"] < shares["greedy"]  # at a high temperature
+    with pytest.raises(UsageError, match=f"^--evaluate {run}: has no config.json; type {run}/model$"):
+        vaco_async_llm.evaluate_model(replace(args, evaluate=str(run)))
     (run / "model" / "vaco_flags.json").write_text('{"flag": 1}')
     with pytest.raises(UsageError, match=r"vaco_flags.json cannot be read \(TypeError"):
         vaco_async_llm.parsed_flags()
