@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Language models under lag: the filter, clipped ratios, and neither (a budget of 1), with completions of exactly 0, 4 or
-# 16 versions ago. The budget (0.05) is the one that llm_threshold.sh found; the clipping range (0.2) is not tuned.
+# 16 versions ago. The budget (0.05) is a choice after llm_threshold.sh, at lag 4; the clipping range (0.2) is not tuned.
 #   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
 seeds=3 steps=200
 source "$(dirname "$0")/options.sh"

@@ -421,6 +421,27 @@ def test_the_readme_tells_what_the_ablation_found():
     assert "grows to {:.2f} at 20 epochs, PPO-clip's to {:.2f}".format(*at_20) in README
 
 
+def test_the_readme_shows_the_tables_of_language_models():
+    def rows(study):
+        table = (REPOSITORY / f"benchmark/results/{study}.md").read_text().splitlines()
+        cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table if line.startswith("| ")]
+        return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+
+    readme = (REPOSITORY / "README.md").read_text()
+    names = {"vaco --tv-threshold 0.05": "the filter, budget 0.05", "grpo": "clipped ratios"}
+    names["vaco --tv-threshold 1"] = "neither"
+    lag = rows("llm_lag")
+    for method, name in names.items():
+        cells = [f"{row['after']} ({row['mean of the run']})" for row in lag if row["method"] == method]
+        assert f"| {name} | {' | '.join(cells)} |\n" in readme
+    (before,) = {row["before"] for row in lag}
+    assert f"from {before} % at the start" in readme
+    sweep = rows("llm_threshold")
+    assert [row["method"].split()[-1] for row in sweep] == ["0.02", "0.05", "0.1", "0.2", "1"]
+    for name, column in (("accuracy, mean of the run", "mean of the run"), ("reward", "reward")):
+        assert f"| {name} | {' | '.join(row[column] for row in sweep)} |\n" in readme
+
+
 def test_statistics_by_hand():
     results = results_of(
         {
