@@ -94,7 +94,7 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["mujoco_lag", "ablation"])
+@pytest.mark.parametrize("study", ["mujoco_lag", "ablation", "mujoco_1m"])
 def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
     calls = [flags for program, *flags in calls_of(study, monkeypatch) if program.endswith("plot.py")]
     assert calls
@@ -419,6 +419,13 @@ def test_the_readme_tells_what_the_ablation_found():
     assert "({}, {}, {}, {} % of pairs,".format(*shares) in README
     at_20 = [float(numbers(method, "**lag/tv_total", epochs)[3]) for method in ("VACO", "PPO-clip")]
     assert "grows to {:.2f} at 20 epochs, PPO-clip's to {:.2f}".format(*at_20) in README
+
+
+def test_the_readme_shows_the_returns_after_1m_steps():
+    tables = (REPOSITORY / "benchmark/results/mujoco_1m.md").read_text()
+    for env_id, (cleanrl, _) in rows_of(tables, "**Published").items():
+        vaco, clip = (rows_of(tables, f"**{env_id}")[method][0] for method in ("VACO", "PPO-clip"))
+        assert f"| {env_id} | {vaco} | {clip} | {cleanrl} |" in README
 
 
 def test_the_readme_shows_the_tables_of_language_models():
