@@ -246,15 +246,6 @@ def as_number(text):
     return Decimal(number) if number else None
 
 
-def is_plain(text):
-    """Whether a text is safe to evaluate: a list of words and numbers, or an expression that calls FUNCTIONS alone and
-    has no strings, which functions of sympy would evaluate, no attributes, and nothing to index."""
-    if re.fullmatch(r"[\w\s,.'\"\[\]-]*", text) and not re.search(r"\.\s*[^\W\d]", text):
-        return True
-    expression = re.fullmatch(r"[\w\s,.()+*/^-]*", text) and not re.search(r"__|\.\s*[^\W\d]", text)
-    return bool(expression and {*re.findall(r"(\w+|\))\s*\(", text)} <= FUNCTIONS)
-
-
 class Agent(nn.Module):
     """A causal language model and its tokenizer as a policy: it samples completions, and gives their log-probabilities,
     both at the same temperature and with the same truncation. A completion ends with a stop token, or is cut."""
@@ -1169,6 +1160,15 @@ def time_limit(seconds):
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def is_plain(text):
+    """Whether a text is safe to evaluate: a list of words and numbers, or an expression that calls FUNCTIONS alone and
+    has no strings, which functions of sympy would evaluate, no attributes, and nothing to index."""
+    if re.fullmatch(r"[\w\s,.'\"\[\]-]*", text) and not re.search(r"\.\s*[^\W\d]", text):
+        return True
+    expression = re.fullmatch(r"[\w\s,.()+*/^-]*", text) and not re.search(r"__|\.\s*[^\W\d]", text)
+    return bool(expression and {*re.findall(r"(\w+|\))\s*\(", text)} <= FUNCTIONS)
 
 
 def verify_apart(verify, answer, entry, seconds=5, gigabytes=1.0):

@@ -529,7 +529,9 @@ def tables(results):
     add(text, lambda m, x: cell(*tail[m, x], len(results.seeds(m, x))))
     for env_id in results.env_ids:
         text = f"{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score 0 is"
-        text += f" {round(results.zero[env_id])} (untrained), 1 is {round(results.one[env_id])} ({results.best[env_id]})"
+        text += (
+            f" {round(results.zero[env_id])} (untrained), 1 is {round(results.one[env_id])} ({results.best[env_id]})"
+        )
         add(text, lambda m, x, env_id=env_id: spread(list(results.returns(m, env_id, x).values())))
     parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")
     flags = {m: " ".join(map(str, r["command"])) for (m, *_), part in results.cells.items() for r in part.values()}

@@ -606,7 +606,9 @@ def test_a_flag_of_the_methods_can_be_the_x_axis():
     ax, *parts = plot.plot_main(results).axes
     np.testing.assert_allclose(drawn(ax)["PPO-clip"][0], [0.025, 0.1, 0.25, 0.5])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "10", "20"] and len(parts) == 4
-    assert ax.get_xlabel() == "update epochs" and "k = 0; seeds: 3." in caption_of(ax.figure)
+    assert ax.get_xlabel() == "update epochs" and "lag 0: every batch by the newest policy; seeds: 3." in caption_of(
+        ax.figure
+    )
     assert rows_of(plot.tables(results), "Probability that")["PPO-clip"][2] == "1.00 [1.00, 1.00] (3, 3)"
 
     parts = {(m, "A", 8): [1.0] * 3 for m in ("VACO", "VACO, no filter", "VACO --tv-threshold 0.1", "PPO-clip")}
