@@ -426,6 +426,12 @@ def test_the_readme_shows_the_returns_after_1m_steps():
     for env_id, (cleanrl, _) in rows_of(tables, "**Published").items():
         vaco, clip = (rows_of(tables, f"**{env_id}")[method][0] for method in ("VACO", "PPO-clip"))
         assert f"| {env_id} | {vaco} | {clip} | {cleanrl} |" in README
+    for method, heading in (("VACO", "IQM"), ("PPO-clip", "and")):
+        assert f"{heading} {rows_of(tables, '**IQM')[method][0].removesuffix(' (3)')}" in README
+    assert "better in {} % of pairs of runs [{}, {}]".format(*ahead(tables, "PPO-clip")) in README
+    tighter = runner.read_records(REPOSITORY / "benchmark/results/hopper_1m.jsonl")
+    assert {run["method"] for run in tighter} == {"VACO --tv-threshold 0.1"}
+    assert f"`--tv-threshold 0.1` has {plot.spread([run['return'] for run in tighter])}" in README
 
 
 def test_the_readme_shows_the_tables_of_language_models():
