@@ -426,7 +426,7 @@ def test_the_readme_shows_the_returns_after_1m_steps():
     for env_id, (cleanrl, _) in rows_of(tables, "**Published").items():
         vaco, clip = (rows_of(tables, f"**{env_id}")[method][0] for method in ("VACO", "PPO-clip"))
         assert f"| {env_id} | {vaco} | {clip} | {cleanrl} |" in README
-    for method, heading in (("VACO", "IQM"), ("PPO-clip", "and")):
+    for method, heading in (("VACO", "faster: IQM"), ("PPO-clip", "and")):
         assert f"{heading} {rows_of(tables, '**IQM')[method][0].removesuffix(' (3)')}" in README
     assert "better in {} % of pairs of runs [{}, {}]".format(*ahead(tables, "PPO-clip")) in README
     tighter = runner.read_records(REPOSITORY / "benchmark/results/hopper_1m.jsonl")
