@@ -8,7 +8,7 @@ budget, the gradients that would raise it are dropped. No clipping.
     python vaco_async_llm.py                               # a tiny model made on the spot, sums
     python vaco_async_llm.py --objective grpo              # clipped ratios in place of the filter
     python vaco_async_llm.py --lag-schedule fixed --lag 4  # by the model of 4 batches ago
-    python vaco_async_llm.py --model ID_OR_FOLDER ...      # its flags are in docs/language-models.md
+    python vaco_async_llm.py --model ID_OR_FOLDER ...  # its flags: docs/language-models.md
 
   PolicyStore: the last versions of the model, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                 |
