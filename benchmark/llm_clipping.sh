@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Why clipped ratios are ahead of the filter on tokens, beside runs of llm_lag.sh. Without lag, where a budget of 0.05 is
-# never reached: tighter budgets, one gradient step per batch, in which all ratios are 1, and smaller steps. At a lag of 4,
-# where data arrives beyond such budgets: tight ones that forward lag alone spends.
+# never reached: tighter budgets, one gradient step per batch, in which all ratios are 1, and smaller steps. At lags of 4 and
+# 16, where data arrives beyond such budgets: tight ones that forward lag alone spends.
 #   bash benchmark/llm_clipping.sh [--seeds 2] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
 seeds=2 steps=200
 source "$(dirname "$0")/options.sh"
@@ -13,3 +13,4 @@ compare without 0 --methods "grpo" "vaco --tv-threshold 1" "vaco --tv-threshold 
     "vaco --no-filter --num-minibatches 1" "vaco --no-filter --learning-rate 7e-5"
 compare with 4 --methods "grpo" "vaco --tv-threshold 0.05" "vaco --tv-threshold 0.01 --tv-anchor learner" \
     "vaco --tv-threshold 0.005 --tv-anchor learner"
+compare far 16 --methods "grpo" "vaco --tv-threshold 0.005 --tv-anchor learner"

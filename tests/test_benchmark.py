@@ -453,11 +453,13 @@ def test_the_readme_shows_the_tables_of_language_models():
     assert [row["method"].split()[-1] for row in sweep] == ["0.02", "0.05", "0.1", "0.2", "1"]
     for name, column in (("accuracy, mean of the run", "mean of the run"), ("reward", "reward")):
         assert f"| {name} | {' | '.join(row[column] for row in sweep)} |\n" in readme
-    tight, clip = (
-        next(row for row in rows("llm_clipping_with") if row["method"] == method)
+    tight, clip, tight_far, clip_far = (
+        next(row for row in rows(study) if row["method"] == method)
+        for study in ("llm_clipping_with", "llm_clipping_far")
         for method in ("vaco --tv-threshold 0.005 --tv-anchor learner", "grpo")
     )
-    words = "has {} and a reward of {} at a lag of 4, where clipped ratios have {} and {} (two seeds;"
+    words = f"16 {tight_far['mean of the run']} against {clip_far['mean of the run']} (two seeds;"
+    words = "has {} and a reward of {} at a lag of 4, where clipped ratios have {} and {}, and at a lag of " + words
     assert words.format(*(row[column] for row in (tight, clip) for column in ("mean of the run", "reward"))) in README
 
 
