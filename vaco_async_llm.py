@@ -118,8 +118,8 @@ class Args:
     wandb_project_name: str = "vaco"  # the project there
     wandb_entity: str | None = None  # the user or team there; None: your default
     save_model: bool = False  # if toggled, the run ends by saving runs/{run}/model, as transformers does, and its flags
-    # train nothing, answer the held-out problems with a saved model, or with whatever --model takes: with the most
-    # likely completions, then with sampled ones. The flags saved with it hold, but for those typed
+    # train nothing, answer the held-out problems with a saved model, the model of a run's folder, or whatever --model
+    # takes: with the most likely completions, then with sampled ones. The flags saved with it hold, but for those typed
     evaluate: str = ""
 
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
@@ -188,7 +188,7 @@ class Problems:
     def test(self):
         """`--eval-size` problems, or fewer, if the task does not have so many."""
         entries, found = make_problems(self.args, 1024 * NUM_PROBLEMS), {}
-        for number in range(16 * self.args.eval_size):
+        for number in range(min(16 * self.args.eval_size, len(entries))):
             if self.held_out((entry := entries[number])["question"]):  # made anew at each access
                 found.setdefault(entry["question"], entry)
             if len(found) == self.args.eval_size:
@@ -1041,9 +1041,13 @@ def validate(args):
 
 
 def task_options(args):
-    """The options of a procedural task, {name: value}: those of the flag, over this script's own for chain_sum."""
-    own = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1} if args.task == "chain_sum" else {}
-    return own | json.loads(args.task_config or "{}")
+    """The options of a procedural task, {name: value}: those of the flag, over this script's own for some tasks."""
+    own = {
+        "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+        "acre": {"size": 20000},  # which makes all at once, and that takes long
+        "word_ladder": {"size": 20000},  # which takes no more
+    }
+    return {"size": NUM_PROBLEMS} | own.get(args.task, {}) | json.loads(args.task_config or "{}")
 
 
 def check_lengths(args, agent, problems):
@@ -1133,7 +1137,7 @@ def make_problems(args, seed):
     close = ", ".join(difflib.get_close_matches(args.task, names, n=3, cutoff=0))
     check(args, "task", args.task in names, f"no task of reasoning-gym, and not gsm8k; closest: {close}")
     try:
-        return reasoning_gym.create_dataset(args.task, seed=seed, size=NUM_PROBLEMS, **task_options(args))
+        return reasoning_gym.create_dataset(args.task, seed=seed, **task_options(args))
     except Exception as error:  # no JSON, an option that is not there, a value that the task refuses
         check(args, "task_config" if args.task_config else "task", False, f"cannot make problems: {one_line(error)}")
 
@@ -1475,14 +1479,22 @@ def start_tracking(args, folder):
         raise UsageError(f"--track: {text}; type WANDB_MODE=offline before the command to do without") from None
 
 
+def is_run(path):
+    """Whether a path is a run's folder or its checkpoint, and not a model."""
+    return path.endswith(".pt") or os.path.isfile(os.path.join(path, "checkpoint.pt"))
+
+
 def saved_flags(path):
     """The flags that a model was saved with, or the defaults; those that say how the run was made have their defaults
     always. Raises UsageError."""
+    other = ("resume", "evaluate", "track", "save_model", "actor_device")
+    if is_run(path):
+        defaults = {name: value for name, value in vars(Args()).items() if name in other}
+        return replace(read_file(path, "evaluate", "agent")[1]["args"], **defaults)
     file = os.path.join(path, FLAGS_FILE)
     try:
         with open(file) if os.path.exists(file) else io.StringIO("{}") as text:
             flags = json.load(text)
-            other = ("resume", "evaluate", "track", "save_model", "actor_device")
             return Args(**{name: value for name, value in flags.items() if name not in other})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"--evaluate {path}: {FLAGS_FILE} cannot be read ({one_line(error)})") from None
@@ -1492,14 +1504,15 @@ def evaluate_model(args):
     """Answer the held-out problems with the model `args.evaluate`: the most likely completions, then sampled ones.
     Prints and returns {"greedy": share solved, "sampled": share solved}. Raises UsageError."""
     check(args, "evaluate", args.evaluate != "tiny", "untrained; type the folder of a saved model")
-    args = replace(args, model=args.evaluate)
+    state = read_file(args.evaluate, "evaluate", "agent")[1] if is_run(args.evaluate) else None
+    args = replace(args, model=state["args"].model if state else args.evaluate)
     validate(args)
     torch.manual_seed(args.seed)
     device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     problems, results = Problems(args), {}
     model, tokenizer = load_language_model(args, problems)
     agent = Agent(model.config, model.generation_config, tokenizer, args).to(device)
-    agent.model.load_state_dict(model.state_dict())
+    agent.load_state_dict(state["agent"] if state else {f"model.{k}": v for k, v in model.state_dict().items()})
     for name, sample in (("greedy", False), ("sampled", True)):
         share = results[name] = accuracy(agent, problems, device, sample)
         error = math.sqrt(share * (1 - share) / len(problems.test))  # standard error

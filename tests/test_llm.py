@@ -381,6 +381,14 @@ def test_verifier_on_known_answers():
     assert factors.score("three", factors.test[0]) == 0 < factors.score(factors.test[0]["answer"], factors.test[0])
 
 
+def test_tasks_with_few_problems():
+    """word_ladder refuses more than 20000; `size` is an option like all others."""
+    words = Problems(Args(task="word_ladder", eval_size=3))
+    assert words.score(words.test[0]["answer"], words.test[0]) == 1 and len(words.train) == 20000
+    few = Problems(Args(task="letter_counting", task_config='{"size": 40}', eval_size=100))
+    assert 1 < len(few.test) < 40 and few[10**6]["question"] not in {entry["question"] for entry in few.test}
+
+
 def test_a_verifier_that_does_not_end_gives_0(monkeypatch):
     monkeypatch.setattr(vaco_async_llm, "time_limit", lambda _, limit=vaco_async_llm.time_limit: limit(0.2))
     problems, start = Problems(Args()), time.process_time()
@@ -815,7 +823,7 @@ BAD = [
     ({"task": "chain_some"}, "--task chain_some: no task of reasoning-gym, and not gsm8k; closest: chain_sum"),
     ({"task_config": "{"}, "--task-config {: cannot make problems"),
     ({"task_config": '{"terms": 2}'}, "cannot make problems"),
-    ({"task": "word_ladder"}, "--task word_ladder: cannot make problems: "),
+    ({"task": "composite"}, "--task composite: cannot make problems: "),
     ({"model": "./nope"}, "--model ./nope: there is no such folder"),
     ({"model": "no/such/folder.gguf"}, "--model no/such/folder.gguf: there is no such file"),
     ({"lag": 4, "lag_schedule": "async"}, "type --lag-schedule fixed"),
@@ -839,8 +847,14 @@ def test_a_saved_model_is_evaluated_with_its_flags(warm_model, monkeypatch, caps
     shares = vaco_async_llm.evaluate_model(args)
     assert f"evaluation, greedy: accuracy {reached} +-" in capsys.readouterr().out
     assert shares["sampled"] < shares["greedy"]  # at a high temperature
+    for path in (run, run / "checkpoint.pt"):  # which runs without --save-model have, too
+        monkeypatch.setattr("sys.argv", ["vaco_async_llm.py", "--evaluate", str(path), "--seed", "5"])
+        args = vaco_async_llm.parsed_flags()
+        assert not args.save_model and vaco_async_llm.evaluate_model(args) == shares
+    (run / "checkpoint.pt").unlink()
     with pytest.raises(UsageError, match=f"^--evaluate {run}: has no config.json; type {run}/model$"):
         vaco_async_llm.evaluate_model(replace(args, evaluate=str(run)))
+    monkeypatch.setattr("sys.argv", ["vaco_async_llm.py", "--evaluate", f"{run}/model"])
     (run / "model" / "vaco_flags.json").write_text('{"flag": 1}')
     with pytest.raises(UsageError, match=r"vaco_flags.json cannot be read \(TypeError"):
         vaco_async_llm.parsed_flags()
