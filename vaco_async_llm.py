@@ -2,8 +2,9 @@
 
 "Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. Actors generate with old
 versions of the model (*policy lag*). GRPO (arXiv 2402.03300) has no critic, so of VACO's two halves the *filter* acts,
-on tokens: when the total variation between the model being optimised (pi) and the one that generated (beta) is over a
-budget, the gradients that would raise it are dropped. No clipping.
+on tokens: when the total variation between the model being optimised (pi) and an anchor is over a budget, the
+gradients that would raise it are dropped. No clipping. The anchor is the model at the batch's arrival (pi_T), which did
+better here than the one that generated (beta), the other scripts' default.
 
     python vaco_async_llm.py                               # a tiny model made on the spot, sums
     python vaco_async_llm.py --objective grpo              # clipped ratios in place of the filter
@@ -156,11 +157,11 @@ class Args:
     objective: Literal["vaco", "grpo"] = "vaco"  # what holds the policy back: the filter, or clipped ratios
     # vaco: if toggled, gradients that raise the total variation are dropped while it is over budget
     filter: bool = True
-    # vaco: the budget on the total variation of a token, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED
-    tv_threshold: float = 0.05
-    # vaco: where the total variation is measured from: behavior, the policy that generated (backward and forward lag),
-    # or learner, the policy at the batch's arrival (forward lag alone)
-    tv_anchor: Literal["behavior", "learner"] = "behavior"
+    # vaco: the budget on the total variation of a token, 1/2 mean |pi - anchor|/beta: THE 1/2 IS INCLUDED
+    tv_threshold: float = 0.005
+    # vaco: where the total variation is measured from: learner, the policy at the batch's arrival (forward lag alone),
+    # or behavior, the policy that generated (backward and forward lag), which needs a budget 10 times as large
+    tv_anchor: Literal["behavior", "learner"] = "learner"
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
 

@@ -8,7 +8,6 @@ warm-started model, which the first ones make.
 """
 
 import json
-import math
 import re
 import shlex
 import subprocess
@@ -110,13 +109,13 @@ def table(records):
 
 
 def draw(records, path):
-    """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean, named at its end."""
+    """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean."""
     looks = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", ":", "^"), ("#009E73", "-.", "D")]
-    looks += [("#CC79A7", "-", "v"), ("#E69F00", "--", "P"), ("#56B4E9", ":", "X")]
+    looks += [("#CC79A7", "-", "v"), ("#E69F00", "--", "P"), ("#56B4E9", ":", "X"), ("#999999", "-.", "*")]
     lags, methods = (list(dict.fromkeys(record[key] for record in records)) for key in ("lag", "method"))
-    figure, panels = plt.subplots(1, len(lags), figsize=(5 * len(lags), 3.6), sharey=True, squeeze=False)
+    size = (max(6, 4 * len(lags)), 3.6 + 0.2 * len(methods))
+    figure, panels = plt.subplots(1, len(lags), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, lag in zip(panels[0], lags, strict=True):
-        ends = []
         for (color, line, marker), method in zip(looks * len(methods), methods, strict=False):
             group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
             for record in group:
@@ -124,23 +123,21 @@ def draw(records, path):
             if group:
                 steps = [step for step, _ in group[0]["accuracy"]]
                 mean = np.mean([[value for _, value in record["accuracy"]] for record in group], axis=0)
-                panel.plot(steps, mean, color=color, linestyle=line, marker=marker, markersize=4, linewidth=2)
-                ends.append((mean[-1], f"{method} ({len(group)})", color))
-        low, high = panel.get_ylim()
-        height = -math.inf
-        for end, name, color in sorted(ends):  # moved apart, so that the names do not overlap
-            height = max(end, height + 0.06 * (high - low))
-            panel.annotate(
-                name, (steps[-1], height), (6, 0), textcoords="offset points", color=color, fontsize=8, va="center"
-            )
+                look = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 2}
+                panel.plot(steps, mean, **look, label=f"{method} ({len(group)})")
         panel.set_title(f"lag {lag}")
         panel.set_xlabel("batches")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("held-out accuracy, greedy")
-    text = "thin: a seed, thick: the mean; in parentheses: seeds"
-    figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
-    figure.tight_layout()
+    names = dict(
+        zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True)
+    )  # too long to stand at the curves
+    title = "thin: a seed, thick: the mean; in parentheses: seeds"
+    figure.legend(
+        names.values(), names, loc="outside lower left", fontsize=8, title=title, title_fontsize=8, handlelength=4
+    )
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(args):

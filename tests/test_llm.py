@@ -275,7 +275,7 @@ def minibatch_by_hand(args, reference_logprobs=None):
     ],
 )
 def test_filter_by_hand_over_tokens(threshold, kept):
-    loss, gradient, logs = minibatch_by_hand(Args(tv_threshold=threshold))
+    loss, gradient, logs = minibatch_by_hand(Args(tv_threshold=threshold, tv_anchor="behavior"))
     kept = torch.tensor(kept)
     terms = RATIOS * ADVANTAGES[:, None] * kept
     assert loss == pytest.approx(-terms.sum().item() / 5)
@@ -899,7 +899,7 @@ def test_two_learners_are_one_with_the_completions_of_both(warm_model, monkeypat
     """Gate, gradients, and all that is logged, with completions of different lengths; see test_torchrun.py."""
     flags = {"model": warm_model, "total_batches": 4, "eval_interval": 2, "eval_size": 10, "lag_schedule": "mixture"}
     flags |= {"lag": 1, "prompts_per_rollout": 4, "num_minibatches": 1, "update_epochs": 2, "warmup_batches": 1}
-    flags |= {"tv_threshold": 0.001, "learner_timeout": 100.0, "actor_timeout": 90.0}
+    flags |= {"tv_threshold": 0.001, "tv_anchor": "behavior", "learner_timeout": 100.0, "actor_timeout": 90.0}
     finished(torchrun("vaco_async_llm", **flags))
     both, logged = assert_equal_learners(), read_curves(".")
     Path("runs").rename("runs of two")
