@@ -129,9 +129,9 @@ def draw(records, path):
         panel.set_xlabel("batches")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("held-out accuracy, greedy")
-    names = dict(
-        zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True)
-    )  # too long to stand at the curves
+    names = {}  # which are too long to stand at the curves
+    for panel in panels[0]:
+        names |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     title = "thin: a seed, thick: the mean; in parentheses: seeds"
     figure.legend(
         names.values(), names, loc="outside lower left", fontsize=8, title=title, title_fontsize=8, handlelength=4
