@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Language models under lag: the filter, clipped ratios, and neither (a budget of 1), with completions of exactly 0, 4 or
-# 16 versions ago. The budget (0.05) is a choice after llm_threshold.sh, at lag 4; the clipping range (0.2) is not tuned.
+# Language models under lag: the filter, clipped ratios, and neither, with completions of exactly 0, 4 or 16 versions ago,
+# at two learning rates: what one method gains over another at a given rate, a smaller one may give to both.
 #   bash benchmark/llm_lag.sh [--seeds 3] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
 seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
 lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"
 [ $smoke ] && lags="0 4" steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
-python "$here/llm.py" --out "$results/$study.jsonl" --methods "vaco --tv-threshold 0.05" grpo "vaco --tv-threshold 1" --lags $lags --seeds $(seq 1 "$seeds") \
-    --steps "$steps" --workers "$workers" --flags="$flags"
+methods=("vaco --tv-threshold 0.005 --tv-anchor learner" "grpo --clip-coef 0.2" "vaco --no-filter")
+compare() {
+    python "$here/llm.py" --out "$results/$1.jsonl" --reuse "$results/llm_threshold.jsonl" "$results/llm_clipping.jsonl" \
+        --methods "${@:2}" --lags $lags --seeds $(seq 1 "$seeds") --steps "$steps" --workers "$workers" --flags="$flags" || failed=$?
+}
+compare "$study" "${methods[@]}"
+compare "${study}_half" "${methods[@]/%/ --learning-rate 5e-5}"
