@@ -441,26 +441,25 @@ def test_the_readme_shows_the_tables_of_language_models():
         return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
 
     readme = (REPOSITORY / "README.md").read_text()
-    names = {"vaco --tv-threshold 0.05": "the filter, budget 0.05", "grpo": "clipped ratios"}
-    names["vaco --tv-threshold 1"] = "neither"
-    lag = rows("llm_lag")
-    for method, name in names.items():
-        cells = [f"{row['after']} ({row['mean of the run']})" for row in lag if row["method"] == method]
-        assert f"| {name} | {' | '.join(cells)} |\n" in readme
-    (before,) = {row["before"] for row in lag}
-    assert f"from {before} % at the start" in readme
+    names = {"vaco --tv-threshold 0.005 --tv-anchor learner": "the filter", "grpo --clip-coef 0.2": "clipped ratios"}
+    names["vaco --no-filter"] = "neither"
+    for study, flags, words in (
+        ("llm_lag", "", ""),
+        ("llm_lag_half", " --learning-rate 5e-5", ", half the rate"),
+    ):
+        lag = rows(study)
+        for method, name in names.items():
+            of_method = [row for row in lag if row["method"] == method + flags]
+            assert [row["lag"] for row in of_method] == ["0", "4", "16"]
+            cells = [f"{row['mean of the run']}, {row['reward']}" for row in of_method]
+            assert f"| {name}{words} | {' | '.join(cells)} |\n" in readme
+        (before,) = {row["before"] for row in lag}
+        assert f"{before} % at the start" in readme
     sweep = rows("llm_threshold")
-    assert [row["method"].split()[-1] for row in sweep] == ["0.02", "0.05", "0.1", "0.2", "1"]
+    budgets = ["" if "--no-filter" in row["method"] else row["method"].split()[2] for row in sweep]
+    assert budgets == ["", "0.0025", "0.005", "0.01", "0.02", "0.02", "0.05", "0.1"]
     for name, column in (("accuracy, mean of the run", "mean of the run"), ("reward", "reward")):
         assert f"| {name} | {' | '.join(row[column] for row in sweep)} |\n" in readme
-    tight, clip, tight_far, clip_far = (
-        next(row for row in rows(study) if row["method"] == method)
-        for study in ("llm_clipping_with", "llm_clipping_far")
-        for method in ("vaco --tv-threshold 0.005 --tv-anchor learner", "grpo")
-    )
-    words = f"16 {tight_far['mean of the run']} against {clip_far['mean of the run']} (two seeds;"
-    words = "has {} and a reward of {} at a lag of 4, where clipped ratios have {} and {}, and at a lag of " + words
-    assert words.format(*(row[column] for row in (tight, clip) for column in ("mean of the run", "reward"))) in README
 
 
 def test_statistics_by_hand():
