@@ -160,7 +160,7 @@ class Args:
     # vaco: the budget on the total variation of a token, 1/2 mean |pi - anchor|/beta: THE 1/2 IS INCLUDED
     tv_threshold: float = 0.005
     # vaco: where the total variation is measured from: learner, the policy at the batch's arrival (forward lag alone),
-    # or behavior, the policy that generated (backward and forward lag), which needs a budget 10 times as large
+    # or behavior, the policy that generated (backward and forward lag; of the budgets tried 0.1 did best there)
     tv_anchor: Literal["behavior", "learner"] = "learner"
     clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
@@ -755,7 +755,8 @@ def train(args):
             for name, value in scalars.items() if RANK == 0 else ():
                 writer.add_scalar(name, value, version)
             status = f"accuracy {accuracies[-1]:.1%}, reward {scalars['charts/reward']:.3f}, lag {np.mean(lags):.1f}"
-            status += f", TV {scalars['lag/tv_total']:.4f}, dropped {scalars['filter/dropped']:.1%}"
+            moved = scalars["lag/tv_forward" if args.tv_anchor == "learner" else "lag/tv_total"]
+            status += f", TV {moved:.4f}, dropped {scalars['filter/dropped']:.1%}"
             progress.set_postfix_str(status, refresh=False)
             progress.update()
             if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
@@ -1099,7 +1100,7 @@ def load_language_model(args, problems):
     """The model of the flags, in float32, and its tokenizer. Raises UsageError if transformers cannot load it."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it would warn at every attempt
-    flag = "evaluate" if args.evaluate else "model"  # that named it
+    flag = "evaluate" if args.evaluate == args.model else "model"  # that named it
     source = {"pretrained_model_name_or_path": args.model}
     if args.model.endswith(".gguf"):
         check(args, flag, os.path.isfile(args.model), "there is no such file")
@@ -1112,7 +1113,8 @@ def load_language_model(args, problems):
         )
         check(args, flag, os.path.isfile(f"{args.model}/config.json"), advice)
     else:
-        check(args, flag, not args.model.startswith(("/", ".", "~")), "there is no such folder")
+        path = args.model.startswith(("/", ".", "~", "runs/")) or args.model.count("/") > 1  # a hub id has one /
+        check(args, flag, not path, "there is no such folder")
     try:
         if args.model == "tiny":
             model, tokenizer = tiny_model(problems)
@@ -1506,8 +1508,9 @@ def evaluate_model(args):
     Prints and returns {"greedy": share solved, "sampled": share solved}. Raises UsageError."""
     check(args, "evaluate", args.evaluate != "tiny", "untrained; type the folder of a saved model")
     state = read_file(args.evaluate, "evaluate", "agent")[1] if is_run(args.evaluate) else None
-    args = replace(args, model=state["args"].model if state else args.evaluate)
+    args = args if state else replace(args, model=args.evaluate)
     validate(args)
+    torch.set_num_threads(args.learner_threads)
     torch.manual_seed(args.seed)
     device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     problems, results = Problems(args), {}

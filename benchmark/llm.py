@@ -2,7 +2,7 @@
 
     python benchmark/llm.py --out results/llm_lag.jsonl --methods "vaco" "grpo" --lags 0 4 16 --seeds 1 2 3
 
-A method is an objective, with more flags if wanted: "vaco --tv-threshold 0.05". Resumable: runs that are recorded in
+A method is an objective, with more flags if wanted: "vaco --tv-threshold 0.01". Resumable: runs that are recorded in
 the file are skipped; those that a file of `--reuse` has are shown from there. All runs of a seed begin with the same
 warm-started model, which the first ones make.
 """
@@ -112,6 +112,7 @@ def draw(records, path):
     """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean."""
     looks = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", ":", "^"), ("#009E73", "-.", "D")]
     looks += [("#CC79A7", "-", "v"), ("#E69F00", "--", "P"), ("#56B4E9", ":", "X"), ("#999999", "-.", "*")]
+    looks += [("#8B4513", "-", "<"), ("#4B0082", "--", ">")]
     lags, methods = (list(dict.fromkeys(record[key] for record in records)) for key in ("lag", "method"))
     size = (max(6, 4 * len(lags)), 3.6 + 0.2 * len(methods))
     figure, panels = plt.subplots(1, len(lags), figsize=size, sharey=True, squeeze=False, layout="constrained")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The filter on tokens at lag 4: its budget, and where it is measured from. Learner's rate: one at which data of that age
-# can still be used.
+# The filter on tokens at lag 4: its budget, and where it is measured from. The learning rate is one at
+# which data of that age can still be used.
 #   bash benchmark/llm_threshold.sh [--seeds 2] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
 seeds=2 steps=200
 source "$(dirname "$0")/options.sh"

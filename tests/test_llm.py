@@ -825,6 +825,8 @@ BAD = [
     ({"task_config": '{"terms": 2}'}, "cannot make problems"),
     ({"task": "composite"}, "--task composite: cannot make problems: "),
     ({"model": "./nope"}, "--model ./nope: there is no such folder"),
+    ({"model": "runs/nope"}, "--model runs/nope: there is no such folder"),
+    ({"model": "no/such/folder"}, "--model no/such/folder: there is no such folder"),
     ({"model": "no/such/folder.gguf"}, "--model no/such/folder.gguf: there is no such file"),
     ({"lag": 4, "lag_schedule": "async"}, "type --lag-schedule fixed"),
     ({"group_size": 1}, "--group-size 1: must be a number from 2 to"),
@@ -838,7 +840,8 @@ BAD = [
 
 
 def test_a_saved_model_is_evaluated_with_its_flags(warm_model, monkeypatch, capsys):
-    train(replace(SMALL, model=str(warm_model), total_batches=1, temperature=1.5, save_model=True))
+    warm = Path(shutil.copytree(warm_model, "warm")).resolve()
+    train(replace(SMALL, model=str(warm), total_batches=1, temperature=1.5, save_model=True))
     (reached,) = re.findall(r"-> (\S+) of 20 held-out", capsys.readouterr().out)
     (run,) = Path("runs").glob("chain_sum*")
     monkeypatch.setattr("sys.argv", ["vaco_async_llm.py", "--evaluate", f"{run}/model", "--seed", "5"])
@@ -851,6 +854,10 @@ def test_a_saved_model_is_evaluated_with_its_flags(warm_model, monkeypatch, caps
         monkeypatch.setattr("sys.argv", ["vaco_async_llm.py", "--evaluate", str(path), "--seed", "5"])
         args = vaco_async_llm.parsed_flags()
         assert not args.save_model and vaco_async_llm.evaluate_model(args) == shares
+    warm.rename("moved")  # the run's flags name a folder; another one may be typed
+    with pytest.raises(UsageError, match=f"^--model {warm}: there is no such folder"):
+        vaco_async_llm.evaluate_model(args)
+    assert vaco_async_llm.evaluate_model(replace(args, model="moved")) == shares
     (run / "checkpoint.pt").unlink()
     with pytest.raises(UsageError, match=f"^--evaluate {run}: has no config.json; type {run}/model$"):
         vaco_async_llm.evaluate_model(replace(args, evaluate=str(run)))
