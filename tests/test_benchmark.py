@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -479,6 +480,20 @@ def test_the_readme_shows_the_tables_of_language_models():
     assert budgets == ["", "0.0025", "0.005", "0.01", "0.02", "0.02", "0.05", "0.1"]
     for name, column in (("accuracy, mean of the run", "mean of the run"), ("reward", "reward")):
         assert f"| {name} | {' | '.join(row[column] for row in sweep)} |\n" in readme
+
+
+@pytest.mark.parametrize("study", ["llm_lag", "llm_threshold", "llm_clipping"])
+def test_the_tables_of_language_models_are_those_of_the_recorded_runs(study, monkeypatch):
+    """In the results and in docs/language-models.md."""
+    monkeypatch.setattr(llm, "run", None)  # no run is missing
+    documented = (REPOSITORY / "docs/language-models.md").read_text()
+    for _, *flags in calls_of(study, monkeypatch):
+        args = tyro.cli(llm.Args, args=flags)
+        out = Path(shutil.copy(args.out, args.out.name))
+        llm.main(replace(args, out=out))
+        table = out.with_suffix(".md").read_text()
+        assert table == args.out.with_suffix(".md").read_text()
+        assert table.split("\n\n")[0] in documented
 
 
 def test_statistics_by_hand():
