@@ -1113,8 +1113,8 @@ def load_language_model(args, problems):
         )
         check(args, flag, os.path.isfile(f"{args.model}/config.json"), advice)
     else:
-        path = args.model.startswith(("/", ".", "~", "runs/")) or args.model.count("/") > 1  # a hub id has one /
-        check(args, flag, not path, "there is no such folder")
+        is_path = args.model.startswith(("/", ".", "~", "runs/")) or args.model.count("/") > 1  # a hub id has one /
+        check(args, flag, not is_path, "there is no such folder")
     try:
         if args.model == "tiny":
             model, tokenizer = tiny_model(problems)
@@ -1516,7 +1516,10 @@ def evaluate_model(args):
     problems, results = Problems(args), {}
     model, tokenizer = load_language_model(args, problems)
     agent = Agent(model.config, model.generation_config, tokenizer, args).to(device)
-    agent.load_state_dict(state["agent"] if state else {f"model.{k}": v for k, v in model.state_dict().items()})
+    try:
+        agent.load_state_dict(state["agent"] if state else {f"model.{k}": v for k, v in model.state_dict().items()})
+    except RuntimeError:
+        check(args, "model", False, f"not the architecture of {args.evaluate}; leave the flag out")
     for name, sample in (("greedy", False), ("sampled", True)):
         share = results[name] = accuracy(agent, problems, device, sample)
         error = math.sqrt(share * (1 - share) / len(problems.test))  # standard error

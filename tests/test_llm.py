@@ -858,6 +858,12 @@ def test_a_saved_model_is_evaluated_with_its_flags(warm_model, monkeypatch, caps
     with pytest.raises(UsageError, match=f"^--model {warm}: there is no such folder"):
         vaco_async_llm.evaluate_model(args)
     assert vaco_async_llm.evaluate_model(replace(args, model="moved")) == shares
+    shutil.copytree("moved", "other")
+    config = transformers.AutoConfig.from_pretrained("moved")
+    config.num_hidden_layers = 1
+    transformers.LlamaForCausalLM(config).save_pretrained("other")
+    with pytest.raises(UsageError, match=r"^--model other: not the architecture of "):
+        vaco_async_llm.evaluate_model(replace(args, model="other"))
     (run / "checkpoint.pt").unlink()
     with pytest.raises(UsageError, match=f"^--evaluate {run}: has no config.json; type {run}/model$"):
         vaco_async_llm.evaluate_model(replace(args, evaluate=str(run)))
