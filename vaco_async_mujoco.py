@@ -24,7 +24,6 @@ advantages of the learner's policy (pi_T); (2) *filters*: when the total variati
 """
 
 import contextlib
-import functools
 import math
 import multiprocessing as mp
 import os
@@ -36,7 +35,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import wait
 from typing import Literal
 
@@ -55,15 +54,12 @@ LATEST = -1  # as a ticket's version: the newest one at the moment the rollout b
 RANK = int(os.environ.get("RANK") or 0)
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-# What stands side by side under "Custom scalars" in TensorBoard
-LAYOUT = {
-    "policy lag": {
-        "return": ["Multiline", ["charts/episodic_return"]],
-        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
-        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
-        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
-        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
-    }
+CHARTS = {  # stand side by side under "Custom scalars" in TensorBoard
+    "return": ["charts/episodic_return"],
+    "lag in versions": ["lag/versions_mean", "lag/versions_max"],
+    "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
+    "filter": ["filter/gate_open", "filter/dropped"],
+    "share of time spent waiting": ["stats/learner_wait", "stats/actor_wait"],
 }
 
 
@@ -85,16 +81,14 @@ class Args:
     max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
 
-    # a task of envpool (MuJoCo -v4 and -v5, dm_control: CheetahRun-v1, ...), or any environment of gymnasium (yours:
-    # my_module:MyEnv-v0 imports my_module, which registers it), with a floating-point Box action space
+    # a task of envpool or an environment of gymnasium with continuous actions; yours: my_module:MyEnv-v0 (see README)
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int = 1_000_000  # environment steps to train for
     num_actors: int = 4  # actor processes (per learner); data is about num_actors / rollouts_per_batch versions old
     num_envs: int = 16  # environments per actor
     num_steps: int = 128  # steps per environment in one rollout
     rollouts_per_batch: int = 1  # rollouts per batch, which has rollouts_per_batch * num_steps * num_envs samples
-    # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
-    # each rollout is drawn uniformly from the last `lag + 1`
+    # free running; every batch exactly `lag` versions old; each rollout by one of the last `lag + 1`, drawn uniformly
     lag_schedule: Literal["async", "fixed", "mixture"] = "async"
     lag: int = 0  # policy lag of the lockstep schedules, in versions; there is one version per batch
 
@@ -116,12 +110,10 @@ class Args:
     # the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. For the other reading in
     # use, a budget of 0.2 on mean |pi/beta - 1|, use --tv-threshold 0.1
     tv_threshold: float = 0.2
-    # where the total variation is measured from: the policy that acted (backward and forward lag), or the learner's
-    # policy at the batch's arrival (forward lag alone)
+    # measured from the policy that acted (backward and forward lag), or the learner's at the batch's arrival (forward)
     tv_anchor: Literal["behavior", "learner"] = "behavior"
 
     def __post_init__(self):
-        """Raises ValueError, in one line that names the flag and what to use instead."""
         for name, value in vars(self).items():
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_")))
             if isinstance(value, (int, float)) and value < lowest:
@@ -137,12 +129,11 @@ class Args:
 
 
 class ContinuousEnvs:
-    """The environments of one actor: C copies of a task, of envpool or else of gymnasium.
+    """The environments of one actor: C copies of a task of envpool or gymnasium; environment i has seed + i.
 
-    `obs` [C, D], float32, are the observations now, dicts flattened. Both libraries reset on the *next* step: the
-    observation that comes with the end of an episode is its true last one, and the step after it ignores the action and
-    returns the first observation of the next episode. That dummy step is no data, whatever its reward: `valid` [C] is
-    False where the coming step is one. Environment i has seed + i.
+    `obs` [C, D], float32, are the observations now, dicts flattened. Both libraries reset on the *next* step: the last
+    observation of an episode is the true one, and the step after it ignores the action and returns the first of the
+    next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one.
     """
 
     def __init__(self, env_id, num_envs, seed, **options):
@@ -179,10 +170,9 @@ class ContinuousEnvs:
         return rewards, terminated, truncated, episodes
 
 
-@functools.cache
+@cache
 def continuous_sizes(env_id):
-    """(observation size, action size) of a task. Raises ValueError if it cannot be made, or if its actions are not a
-    floating-point Box."""
+    """(observation size, action size) of a task. Raises ValueError if it cannot be made, or has discrete actions."""
     try:
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
     except (gym.error.Error, ImportError) as error:
@@ -202,8 +192,7 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class MlpAgent(nn.Module):
     """Gaussian policy with a state-independent standard deviation, and critic: two MLPs, 64-64 tanh.
 
-    The observation statistics are part of the policy, as buffers: published, saved and loaded with the weights, frozen
-    while a version acts and while a batch trains.
+    The observation statistics are buffers: published, saved and loaded with the weights, frozen while a version acts.
     """
 
     def __init__(self, obs_size, action_size):
@@ -232,15 +221,14 @@ class MlpAgent(nn.Module):
         return (-0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def act(self, obs, generator=None):
-        """Raw observations [C, D] -> sampled or, without a generator, the most likely actions [C, A], and their
-        log-probabilities [C]."""
+        """Raw observations [C, D] -> sampled (without generator: the most likely) actions [C, A], log-probs [C]."""
         mean = self.actor_mean(self.normalize(obs))
         noise = torch.randn(mean.shape, generator=generator) if generator else torch.zeros_like(mean)
         actions = mean + torch.exp(self.actor_logstd) * noise
         return actions, self.get_logprob(mean, actions)
 
     def evaluate(self, obs, actions):
-        """Normalised obs [..., D], actions [..., A] -> log-probabilities [...], entropy (one for all), values [...]."""
+        """Observations [..., D], actions [..., A] -> log-probabilities [...], entropy (one for all), values [...]."""
         entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
         return self.get_logprob(self.actor_mean(obs), actions), entropy, self.get_value(obs)
 
@@ -283,10 +271,9 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     The sign: grad r A = r A grad log pi, and grad 1/2 |r - anchor| = 1/2 sign(r - anchor) r grad log pi, so ascent on
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
 
-    Takes valid rows only: ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since normalising
-    changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, to measure from the behaviour policy beta, or
-    pi_T/beta [M], to measure from the learner's policy pi_T; mean, where several learners share the minibatch.
-    Returns keep [M], boolean, and D, a scalar tensor.
+    Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
+    normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
+    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
     """
     deviations = ratios - anchor_ratios
     tv = 0.5 * mean(deviations.abs())
@@ -300,8 +287,7 @@ def vaco_minibatch(agent, args, advantages, obs, actions, behavior_logprobs, lea
     ratios = log_ratios.exp()  # [M], pi/beta
     anchor_ratios = learner_ratios if args.tv_anchor == "learner" else 1.0
     keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, lambda x: average(x.mean()))
-    if not args.filter:
-        keep = torch.ones_like(keep)
+    keep = keep | (not args.filter)
     # Dropped samples count in the mean, so they shorten the step
     policy_loss = -torch.where(keep, ratios * advantages, 0).mean()
     value_loss = 0.5 * (newvalues - targets).square().mean()
@@ -338,7 +324,7 @@ class PolicyStore(nn.Module):
     """
 
     def __init__(self, agent, num_versions):
-        super().__init__()  # a module, so that a checkpoint can have its state_dict
+        super().__init__()
         size = sum(tensor.numel() for tensor in agent.state_dict().values())
         self.register_buffer("rows", torch.zeros(num_versions, size))
         self.register_buffer("stamps", torch.full((num_versions,), -1))  # the version in each row
@@ -474,8 +460,9 @@ class Actors:
         """Say how an actor has died and start its successor, or let the run end."""
         self.processes[index].join()
         code = self.processes[index].exitcode
-        stuck = f"was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
-        problem = f"actor {index} {stuck if code == -signal.SIGALRM else f'died with exit code {code}'}"
+        problem = f"actor {index} died with exit code {code}"
+        if code == -signal.SIGALRM:
+            problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
@@ -574,20 +561,21 @@ def update_statistics(statistics, samples):
         statistics.update_from_moments(mean, var, count)
 
 
-def not_finite(numbers):
-    """The names of those of `numbers`, {name: number, array or tensor}, that are not finite, as one text."""
-    return ", ".join(name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all())
+def check_finite(place, numbers):
+    """End the run if any of `numbers`, {name: array or tensor}, is not finite."""
+    broken = [name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    if broken:
+        sys.exit(f"not finite: {', '.join(broken)} {place}")
 
 
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
-    folder = f"runs/{args.env_id.replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one name, and keep it when torchrun restarts them
+    folder = args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace(":", "-")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
-    folder = args.resume or folder
     if args.track and RANK == 0:
         import wandb
 
@@ -612,14 +600,13 @@ def train(args):
     slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
     S, T, C = args.num_actors * slots_per_actor, args.num_steps, args.num_envs
     rollouts = {
-        "obs": torch.zeros(S, T + 1, C, obs_size),  # raw, with those after the last step
-        "actions": torch.zeros(S, T, C, action_size),  # unclipped
-        "logprobs": torch.zeros(S, T, C),  # of the version that acted
-        "rewards": torch.zeros(S, T, C),  # as paid
-        **{name: torch.zeros(S, T, C, dtype=torch.bool) for name in ("terminated", "truncated", "valid")},
+        "obs": torch.zeros(S, T + 1, C, obs_size).share_memory_(),  # raw, with those after the last step
+        "actions": torch.zeros(S, T, C, action_size).share_memory_(),  # unclipped
+        "logprobs": torch.zeros(S, T, C).share_memory_(),  # of the version that acted
+        "rewards": torch.zeros(S, T, C).share_memory_(),  # as paid
     }
-    for field in rollouts.values():
-        field.share_memory_()
+    for name in ("terminated", "truncated", "valid"):
+        rollouts[name] = torch.zeros(S, T, C, dtype=torch.bool).share_memory_()
 
     global_step = 0
     version = 0
@@ -649,7 +636,7 @@ def train(args):
 
     if RANK == 0:
         writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
-        writer.add_custom_scalars(LAYOUT)
+        writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     actors = Actors(args, slots_per_actor, version, actor, make_agent, make_envs, store, rollouts)
@@ -667,12 +654,10 @@ def train(args):
             learner_wait = time.perf_counter() - wait_start
             slots, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
             for slot in slots:
-                index = slot // slots_per_actor
                 rollout = {name: field[slot].numpy() for name, field in rollouts.items()}
-                broken = not_finite({name: rollout[name] for name in ("obs", "rewards")})
-                if broken:
-                    sys.exit(f"not finite: {broken} from actor {index}, after step {global_step}")
-                returns = discounted_returns(running_returns[index], rollout["rewards"], rollout["valid"], args.gamma)
+                check_finite(f"from actor {slot // slots_per_actor}, after step {global_step}", rollout)
+                running = running_returns[slot // slots_per_actor]  # [C]
+                returns = discounted_returns(running, rollout["rewards"], rollout["valid"], args.gamma)
                 update_statistics(statistics["returns"], returns)
             # Time-major, [T (obs: T + 1), N, ...], with the N = R * C environments of R rollouts
             batch = {name: field[slots].transpose(0, 1).flatten(1, 2).to(device) for name, field in rollouts.items()}
@@ -698,7 +683,6 @@ def train(args):
             b_learner_ratios = learner_log_ratios[valid].exp()
             b_advantages = advantages[valid]
             b_targets = targets[valid]
-            b_values = values[:-1][valid]
 
             # FILTER: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -728,9 +712,7 @@ def train(args):
             agent.obs_mean.copy_(torch.from_numpy(statistics["obs"].mean))
             agent.obs_var.copy_(torch.from_numpy(statistics["obs"].var))
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
-            broken = not_finite(means | agent.state_dict())
-            if broken:
-                sys.exit(f"not finite: {broken}, in the batch after step {global_step}")
+            check_finite(f"in the batch after step {global_step}", means | agent.state_dict())
             version += 1
             store.publish(agent, version)
             actors.issue(newest=version)
@@ -740,7 +722,7 @@ def train(args):
             batch_seconds = time.perf_counter() - batch_start
             batch_start += batch_seconds
             means |= {
-                "losses/explained_variance": 1 - (b_targets - b_values).var() / b_targets.var(),
+                "losses/explained_variance": 1 - (b_targets - values[:-1][valid]).var() / b_targets.var(),
                 "lag/versions_mean": version - 1 - np.mean(versions),
                 "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean(),
                 "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean(),
@@ -752,8 +734,8 @@ def train(args):
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
-            values = average(torch.tensor(list(means.values()), dtype=torch.float64))
-            scalars = dict(zip(means, values.tolist(), strict=True))
+            averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
+            scalars = dict(zip(means, averages.tolist(), strict=True))
             scalars["lag/versions_max"] = max(gather(version - 1 - min(versions)))
             scalars["stats/actor_restarts"] = sum(gather(actors.restarts))
             scalars["charts/learning_rate"] = lr
