@@ -1,51 +1,42 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0"]
+# ///
 """VACO on Atari: asynchronous on-policy reinforcement learning under policy lag, in one file.
 
 "Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. What differs from
 vaco_async_mujoco.py is the environment (stacks of frames, lives), the agent (one CNN for policy and critic) and the
 hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
 
-    python vaco_async_atari.py                                 # Pong-v5, 4 actors, free running
-    python vaco_async_atari.py --env-id Breakout-v5 --bf16     # bfloat16: faster on some processors
-    python vaco_async_atari.py --actor-device cuda --num-envs 64   # actors act on the GPU, too
-    python vaco_async_atari.py --lag-schedule mixture --lag 8  # by one of the last 9 versions
-    python vaco_async_atari.py --evaluate runs/RUN/vaco_async_atari.cleanrl_model --capture-video
+    python vaco_async_atari.py                                    # Pong-v5, 4 actors, free running
+    python vaco_async_atari.py --env-id Breakout-v5 --bf16        # bfloat16: faster on some processors
+    python vaco_async_atari.py --actor-device cuda --num-envs 64  # actors act on the GPU, too
+    python vaco_async_atari.py --lag-schedule mixture --lag 8     # by one of the last 9 versions, reproducible
 
   PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
         | copy one version, once per rollout                                                                  |
         v                                                                                                     |
   actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
-        | fill one slot: obs, action, log-prob, reward, terminated, truncated, valid, version                 ^
+        | fill one slot: obs, actions, logprobs, rewards, terminated, truncated, valid                        ^
         v                                                                                                     |
-  Rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
-
-The method ends with `train`: read down to there. Below it are services that `train` calls, the same in every script:
-`Actors` (processes, pipes, replacements), the checks of flags, several learners, checkpoints, models, evaluation.
+  rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
 """
 
 import contextlib
-import ctypes.util
-import difflib
-import importlib.util
-import io
-import itertools
+import ctypes
 import math
 import multiprocessing as mp
 import os
-import re
 import signal
 import sys
 import threading
 import time
-import traceback
-import warnings
-import zipfile
-from collections import Counter, deque
-from dataclasses import dataclass, replace
+from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
-from multiprocessing import resource_tracker
+from functools import cache, partial
 from multiprocessing.connection import wait
-from types import SimpleNamespace
 from typing import Literal
 
 import envpool
@@ -55,13 +46,19 @@ import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
-PRELOAD = ["torch", "envpool", "numpy", "gymnasium", "tyro", "torch.utils.tensorboard"]  # once for all actors
 # Set by torchrun: which of several learners this is, of all and on this host, and how many there are
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+CHARTS = {  # stand side by side under "Custom scalars" in TensorBoard
+    "return": ["charts/episodic_return"],
+    "lag in versions": ["lag/versions_mean", "lag/versions_max"],
+    "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
+    "filter": ["filter/gate_open", "filter/dropped"],
+    "share of time spent waiting": ["stats/learner_wait", "stats/actor_wait"],
+}
 
 
 @dataclass
@@ -74,47 +71,30 @@ class Args:
     bf16: bool = False  # if toggled, the CNN computes in bfloat16, in learner and actors; parameters stay float32
     learner_threads: int = 1  # CPU threads of the learner; where actors share its cores, with --actor-nice 19
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
+    wandb_project_name: str = "vaco"  # the project there
+    wandb_entity: str | None = None  # the user or team there; None: your default
+    save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
+    checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
+    resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
+    actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
+    max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
+    learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
 
     env_id: str = "Pong-v5"  # any Atari game of envpool: Breakout-v5, MsPacman-v5, ...
     total_timesteps: int = 10_000_000  # environment steps to train for; one is 4 frames
     episodic_life: bool = True  # if toggled, a lost life ends an episode for the learner; scores are of whole games
     reward_clip: bool = True  # if toggled, the learner sees the sign of rewards; scores are raw
     repeat_action_probability: float = 0.0  # the probability of a sticky action, in place of the chosen one
-
-    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
-    wandb_project_name: str = "vaco"  # the project there
-    wandb_entity: str | None = None  # the user or team there; None: your default
-    save_model: bool = False  # if toggled, the run ends by saving runs/{run}/{exp_name}.cleanrl_model and evaluating it
-    # train nothing, evaluate this .cleanrl_model, or the checkpoint in this run's folder: with the most likely actions,
-    # then with sampled ones. Its flags hold, but for those typed
-    evaluate: str = ""
-    eval_episodes: int = 10  # whole episodes per evaluation, one in each of as many environments
-    # if toggled, an evaluation films its first episode as mp4: pip install imageio-ffmpeg. Means --save-model, too
-    capture_video: bool = False
-
-    checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
-    # go on from a checkpoint: a run's folder, or a file. Its flags hold; total_timesteps, num_actors and those on how
-    # the machine is used may be given anew
-    resume: str = ""
-    actor_timeout: float = 120.0  # seconds after which an actor that sends nothing counts as stuck
-    max_actor_restarts: int = 10  # actors that died, failed or got stuck are started again, this often in total
-    # under torchrun: seconds after which a learner that does not answer ends the run; replacing actors takes long, too
-    learner_timeout: float = 300.0
-
-    # Actors decide how old the data is when it arrives (backward lag)
-
     num_actors: int = 4  # actor processes (per learner); data is about num_actors / rollouts_per_batch versions old
     num_envs: int = 8  # environments per actor
     num_steps: int = 128  # steps per environment in one rollout
     rollouts_per_batch: int = 1  # rollouts per batch, which has rollouts_per_batch * num_steps * num_envs samples
-    # async: free running; fixed: lockstep, every batch is exactly `lag` versions old; mixture: lockstep, the version of
-    # each rollout is drawn uniformly from the last `lag + 1`
+    # free running; every batch exactly `lag` versions old; each rollout by one of the last `lag + 1`, drawn uniformly
     lag_schedule: Literal["async", "fixed", "mixture"] = "async"
     lag: int = 0  # policy lag of the lockstep schedules, in versions; there is one version per batch
 
-    # The number of updates decides how far the policy moves on one batch (forward lag)
-
-    update_epochs: int = 4  # passes over each batch
+    update_epochs: int = 4  # passes over each batch; the more, the further the policy moves on it (forward lag)
     num_minibatches: int = 4  # minibatches, that is gradient steps, per pass
     learning_rate: float = 2.5e-4  # the learning rate of Adam
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
@@ -132,64 +112,70 @@ class Args:
     # the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. The paper's is 0.2, with
     # which Pong is hardly learnt in 1M steps; PPO's clip range of 0.1 for Atari allows 0.05
     tv_threshold: float = 0.05
-    # where the total variation is measured from: behavior, the policy that acted (backward and forward lag), or
-    # learner, the policy at the batch's arrival (forward lag alone)
+    # measured from the policy that acted (backward and forward lag), or the learner's at the batch's arrival (forward)
     tv_anchor: Literal["behavior", "learner"] = "behavior"
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            lowest = int(name.startswith(("learner_", "num_", "total_", "rollouts_", "update_")))
+            if isinstance(value, (int, float)) and value < lowest:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+        if self.lag and self.lag_schedule == "async":
+            raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
+        samples = self.rollouts_per_batch * self.num_steps * self.num_envs
+        if samples % self.num_minibatches or samples < 4 * self.num_minibatches:
+            raise ValueError(f"--num-minibatches {self.num_minibatches}: must split {samples} samples into 4s or more")
+        if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
+            raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
+        atari_actions(self.env_id)
 
 
 class AtariEnvs:
-    """The environments of one actor: C copies of an Atari game, `obs` [C, 84, 84, 4] uint8, the last 4 grey frames.
+    """The environments of one actor: C copies of an Atari game; environment i has seed + i.
 
-    envpool resets on the *next* step, which is a dummy: see `valid` [C]. With episodic_life a lost life is a terminated
-    step for the learner, while returns and lengths are of whole games, in raw score. All else is envpool's default and
-    the usual one: 4 frames per step, minimal action set, games cut after 27000 steps, up to 30 no-ops and fire at the
-    start (with episodic_life after a lost life, too).
+    `obs` [C, 84, 84, 4], uint8, are the last 4 grey frames. envpool resets on the *next* step, which is a dummy: see
+    `valid` [C]. With episodic_life a lost life is a terminated step for the learner, while `totals` are of whole games,
+    in raw score. All else is envpool's default and the usual one: 4 frames per step, minimal action set, games cut
+    after 27000 steps, up to 30 no-ops and fire at the start (with episodic_life after a lost life, too).
     """
 
-    fps = 15  # of videos: one frame of four
-
     def __init__(self, env_id, num_envs, seed, **options):
+        self.valid = np.ones(num_envs, dtype=bool)
+        self.over = np.zeros(num_envs, dtype=bool)  # whether the last step has ended a game
+        self.totals = np.zeros((num_envs, 2))  # score and length of each game so far
         self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
-        self.valid, self.returns, self.lengths = np.ones(num_envs, dtype=bool), np.zeros(num_envs), np.zeros(num_envs)
-        self.over, self.ages = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=np.uint8)
         obs, info = self.envs.reset()
-        self.obs, self.lives = np.moveaxis(obs, 1, -1), info["lives"]
+        # An envpool built for another numpy returned the values of one environment for all of them
         assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
-
-    def write_obs(self, out, t):
-        """Write the newest frame before step t to a slot, at its start also the three before: 1/4 of all stacks."""
-        if t == 0:
-            out.obs[:3] = np.moveaxis(self.obs[..., :3], -1, 0)
-        out.obs[t + 3], out.ages[t] = self.obs[..., 3], self.ages
+        self.obs = np.moveaxis(obs, 1, -1)
+        self.lives = info["lives"]
 
     def step(self, actions):
-        """Actions [C] -> rewards, terminated, truncated [C], (score, length) of each game that ended."""
+        """Actions [C] -> rewards, terminated, truncated [C], [score, length] of each ended game."""
         obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
         # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
         unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
-        self.ages = np.minimum(self.ages + 1, 3) * ~(self.over | unseen)  # frames before, of the same game
-        episodes = list(zip(self.returns[unseen], self.lengths[unseen], strict=True))
-        self.returns, self.lengths = self.returns * ~unseen + info["reward"], self.lengths * ~unseen + self.valid
-        self.over, self.valid = info["terminated"].astype(bool) | truncated, ~(terminated | truncated)
-        episodes += zip(self.returns[self.over], self.lengths[self.over], strict=True)
-        self.ended = np.concatenate([np.flatnonzero(unseen), np.flatnonzero(self.over)])  # where each game was
-        self.returns[self.over], self.lengths[self.over], self.lives = 0, 0, info["lives"]
+        episodes = self.totals[unseen].tolist()
+        self.totals[unseen] = 0
+        self.totals += np.stack([info["reward"], self.valid], axis=1)
+        self.over = info["terminated"].astype(bool) | truncated
+        episodes += self.totals[self.over].tolist()
+        self.totals[self.over] = 0
+        self.valid = ~(terminated | truncated)
+        self.lives = info["lives"]
         self.obs = np.moveaxis(obs, 1, -1)
         return rewards, terminated, truncated, episodes
 
 
-def stack_frames(frames, ages):
-    """The stacks that `AtariEnvs.write_obs` took apart: frames [T + 4, N, 84, 84] -> [T + 1, N, 84, 84, 4].
-
-    ages [T + 1, N] counts earlier frames of the same game, up to 3: envpool repeats the first where there are fewer.
-    """
-    N = frames.shape[1]
-    back = torch.arange(3, -1, -1, device=frames.device).minimum(ages.long().unsqueeze(-1))  # [T + 1, N, 4]
-    rows = torch.arange(3, len(frames), device=frames.device).view(-1, 1, 1) - back
-    index = rows * N + torch.arange(N, device=frames.device).view(1, -1, 1)
-    # 7 times faster than frames[rows, columns], which copies byte by byte
-    stacks = frames.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *frames.shape[2:])
-    return stacks.movedim(2, -1).contiguous()  # channels last, once for all gradient steps
+@cache
+def atari_actions(env_id):
+    """The number of actions of an Atari game. Raises ValueError if envpool has no such game."""
+    spec = None
+    with contextlib.suppress(Exception):  # the task is unknown, or needs a library that is not there
+        spec = envpool.make_spec(env_id)
+    if not hasattr(getattr(spec, "config", None), "full_action_space"):
+        raise ValueError(f"--env-id {env_id}: not an Atari game of envpool, such as Pong-v5")
+    return int(spec.action_space.n)
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -198,7 +184,7 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
     return layer
 
 
-class Agent(nn.Module):
+class CnnAgent(nn.Module):
     """Categorical policy and critic on one Nature CNN (doi 10.1038/nature14236), for stacks of frames [..., 84, 84, 4].
 
     With `bf16` the CNN computes in bfloat16, wherever the agent runs: if only the learner did, its rounding would pass
@@ -229,6 +215,9 @@ class Agent(nn.Module):
         # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
         torch.backends.cudnn.allow_tf32 = False
 
+    def normalize(self, obs):
+        return obs  # as they are: `features` takes bytes, which are a quarter of the memory
+
     def features(self, obs):
         """Frames [..., 84, 84, 4] uint8 -> what policy and critic have in common, [..., 512]."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -242,19 +231,19 @@ class Agent(nn.Module):
         return self.critic(self.features(obs)).squeeze(-1)
 
     def act(self, obs, generator=None):
-        """Frames [C, 84, 84, 4] -> sampled or, without a generator, the most likely actions [C], and log-probabilities
-        [C]. All on the CPU, but for the networks."""
+        """Frames [C, 84, 84, 4] -> sampled (without generator: the most likely) actions [C], log-probabilities [C].
+        All on the CPU, but for the networks."""
         logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
         best = logprobs.argmax(-1, keepdim=True)
         actions = torch.multinomial(logprobs.exp(), 1, generator=generator) if generator else best
         return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
 
     def evaluate(self, obs, actions):
-        """Frames [..., 84, 84, 4], actions [...] -> log-probabilities [...], mean entropy (scalar), values [...]."""
+        """Frames [..., 84, 84, 4], actions [...] -> log-probabilities, entropies, values, all [...]."""
         features = self.features(obs)
         logprobs = self.actor(features).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy, self.critic(features).squeeze(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropies, self.critic(features).squeeze(-1)
 
 
 @torch.no_grad()
@@ -266,18 +255,18 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
         v_t     = V_t + acc_t
         A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
 
-    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), at every gradient step, with the current policy in the place of
-    pi_T; VACO's (arXiv 2603.01365) once per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring
-    it. After a truncation, V_{t+1} is the value of the true last observation. All rows come in; what dummy rows get
-    means nothing, and they reach no other row.
+    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), there at every gradient step; VACO's (arXiv 2603.01365) once
+    per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
 
     Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
     the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
     [T, N] of 0 and 1; discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
     """
-    rhos, discounts = log_ratios.exp(), gamma * lam * (1 - dones)
+    rhos = log_ratios.exp()
+    discounts = gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    clipped_deltas, decays = rhos.clamp(max=rho_bar) * deltas, discounts * rhos.clamp(max=c_bar)
+    clipped_deltas = rhos.clamp(max=rho_bar) * deltas
+    decays = discounts * rhos.clamp(max=c_bar)
     acc = [torch.zeros_like(values[-1])]  # of the last row first; a list: writing rows of a tensor takes twice the time
     for clipped_delta, decay in zip(clipped_deltas.flip(0), decays.flip(0), strict=True):
         acc.append(clipped_delta + decay * acc[-1])
@@ -285,7 +274,7 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
     return values[:-1] + acc[:-1], deltas + discounts * acc[1:]
 
 
-def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None, mean=torch.mean):
+def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.mean):
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
         D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
@@ -295,39 +284,33 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=None, mean=torch.m
     The sign: grad r A = r A grad log pi, and grad 1/2 |r - anchor| = 1/2 sign(r - anchor) r grad log pi, so ascent on
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
 
-    Takes valid rows only: ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since normalising
-    changes signs; the budget on D, the 1/2 included; anchor_ratios pi_T/beta [M], to measure from the learner's policy
-    pi_T, where None is 1, the behaviour policy; mean, how to average over a minibatch that several learners share.
-    Returns keep [M], boolean, and tv, the scalar tensor D.
+    Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
+    normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
+    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
     """
-    moved = ratios - (1 if anchor_ratios is None else anchor_ratios)
-    tv = 0.5 * mean(moved.abs())
-    return (tv <= tv_threshold) | (advantages * moved <= 0), tv
+    deviations = ratios - anchor_ratios
+    tv = 0.5 * mean(deviations.abs())
+    return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
 
 
-def vaco_loss(ratios, advantages, keep):
-    """-1/M sum_i keep_i r_i A_i over [M] samples. Dropped ones count in M, so they shorten the step (2603.01365)."""
-    return -torch.where(keep, ratios * advantages, 0).mean()
-
-
-def vaco_minibatch(agent, args, share, advantages, obs, actions, behavior_logprobs, learner_ratios, targets):
-    """Forward pass of one gradient step: M valid rows of a batch, the `share` of this learner in the minibatch of all
-    (1 if it is alone) -> loss (scalar), {what is logged: scalar tensor}."""
+def vaco_minibatch(agent, args, advantages, obs, actions, behavior_logprobs, learner_ratios, targets):
+    """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
-    anchor_ratios = learner_ratios if args.tv_anchor == "learner" else None
-    mean = partial(global_mean, share)  # over the minibatch of all learners
-    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, mean)
+    anchor_ratios = learner_ratios if args.tv_anchor == "learner" else 1.0
+    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, lambda x: average(x.mean()))
     keep = keep | (not args.filter)
-    policy_loss = vaco_loss(ratios, advantages, keep)
+    # Dropped samples count in the mean, so they shorten the step
+    policy_loss = -torch.where(keep, ratios * advantages, 0).mean()
     value_loss = 0.5 * (newvalues - targets).square().mean()
-    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    entropy_loss = entropy.mean()
+    loss = policy_loss - args.ent_coef * entropy_loss + args.vf_coef * value_loss
     with torch.no_grad():
         logs = {
             "losses/policy_loss": policy_loss.detach(),
             "losses/value_loss": value_loss.detach(),
-            "losses/entropy": entropy.detach(),
+            "losses/entropy": entropy_loss.detach(),
             "losses/old_approx_kl": -log_ratios.mean(),
             "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
             "filter/gate_open": (tv > args.tv_threshold).float(),
@@ -336,7 +319,7 @@ def vaco_minibatch(agent, args, share, advantages, obs, actions, behavior_logpro
     return loss, logs
 
 
-class PolicyStore:
+class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
     One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
@@ -344,10 +327,12 @@ class PolicyStore:
     """
 
     def __init__(self, agent, num_versions):
+        super().__init__()
         size = sum(tensor.numel() for tensor in agent.state_dict().values())
-        self.rows = torch.zeros(num_versions, size).share_memory_()
-        self.stamps = torch.full((num_versions,), -1).share_memory_()  # the version in each row
-        self.latest = torch.tensor(-1).share_memory_()
+        self.register_buffer("rows", torch.zeros(num_versions, size))
+        self.register_buffer("stamps", torch.full((num_versions,), -1))  # the version in each row
+        self.register_buffer("latest", torch.tensor(-1))
+        self.share_memory()
 
     def publish(self, agent, version):
         """Store the agent's parameters and buffers as `version`, over the oldest one."""
@@ -362,8 +347,9 @@ class PolicyStore:
         while True:
             wanted = self.latest.item() if version == LATEST else version
             row = wanted % len(self.rows)
-            before, copy, after = self.stamps[row].item(), self.rows[row].clone(), self.stamps[row].item()
-            if before == after == wanted:
+            before = self.stamps[row].item()
+            copy = self.rows[row].clone()
+            if before == self.stamps[row].item() == wanted:
                 break
             if version != LATEST:
                 raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
@@ -373,289 +359,59 @@ class PolicyStore:
         return wanted
 
 
-class Rollouts:
-    """Preallocated slots for rollouts of T steps of C environments, in shared memory: [slots, T, C, ...]. Actions and
-    observations (with those after the last step) are given as zeros, in the shape and type of a slot. Rewards are as
-    paid, actions unclipped, log-probabilities of the version that acted; dummy steps are not `valid`; a `fresh` rollout
-    is the first of its actor."""
-
-    def __init__(self, num_slots, actions, **observations):
-        numbers, flags = torch.zeros(actions.shape[:2]), torch.zeros(actions.shape[:2], dtype=torch.bool)
-        fields = observations | {"actions": actions, "logprobs": numbers, "rewards": numbers}
-        fields |= {"terminated": flags, "truncated": flags, "valid": flags}
-        fields |= {"version": torch.tensor(0), "fresh": torch.tensor(False)}
-        for name, field in fields.items():
-            setattr(self, name, torch.zeros(num_slots, *field.shape, dtype=field.dtype).share_memory_())
-
-    def arrays(self, slot):
-        """NumPy views of one slot, by name: cheaper to fill step by step than tensors."""
-        return SimpleNamespace(**{name: tensor[slot].numpy() for name, tensor in vars(self).items()})
-
-    def batch(self, slots, device):
-        """Copy slots to the device as one time-major batch: [T (observations: more), N, ...], N = len(slots) * C."""
-        fields = {name: tensor for name, tensor in vars(self).items() if tensor.ndim > 1}
-        return SimpleNamespace(**{n: t[slots].transpose(0, 1).flatten(1, 2).to(device) for n, t in fields.items()})
-
-
-def actor(args, index, generation, pause, make_agent, make_envs, store, rollouts, learner):
-    """An actor process: after a pause, for every ticket, load one policy version and fill one slot with it.
-
-    Through the connection `learner`, tickets (slot, version) come in. Out go None once ready, for every ticket (slot,
-    [(return, length) of each ended episode], seconds waited, seconds taken), and a traceback if anything fails.
-    """
+def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner):
+    """An actor process. Takes tickets (slot, version, number) from the connection `learner`, loads that version of the
+    policy, fills that slot, and sends (slot, version, [[return, length] of each ended episode], seconds waited, seconds
+    taken). `attempt` is 0 for the first actors of a run; later ones play other episodes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
+        signal.signal(number, signal.SIG_IGN)
+    # Leave with the learner, however it ends, also from the middle of a rollout
+    threading.Thread(target=lambda: wait([mp.parent_process().sentinel]) and os._exit(1), daemon=True).start()
+    signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # a stuck actor ends itself, and is replaced
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
-    leave_with_parent()
-    time.sleep(pause)
-    warnings.filterwarnings("ignore", message=".*precision lowered")  # gymnasium's, of float64 bounds of float32 spaces
-    try:
-        seed, fresh = actor_seed(args, index, generation), True
-        agent, envs, generator = make_agent(), make_envs(seed=seed), torch.Generator().manual_seed(seed)
-        learner.send(None)
-        while True:
-            asked = time.perf_counter()
-            slot, version = learner.recv()
-            begun = time.perf_counter()
-            out, episodes = rollouts.arrays(slot), []
-            out.version[...], out.fresh[...], fresh = store.load(agent, version), fresh, False
-            with torch.inference_mode():
-                for t in range(len(out.rewards)):
-                    envs.write_obs(out, t)
-                    actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
-                    out.actions[t], out.logprobs[t], out.valid[t] = actions.numpy(), logprobs.numpy(), envs.valid
-                    out.rewards[t], out.terminated[t], out.truncated[t], ended = envs.step(out.actions[t])
-                    episodes += ended
-            envs.write_obs(out, t + 1)
-            learner.send((slot, episodes, begun - asked, time.perf_counter() - begun))
-    except (EOFError, ConnectionError):
-        pass  # the learner is gone
-    except Exception:
-        learner.send(f"has failed:\n{traceback.format_exc()}")
+    # envpool gives environment i this seed + i: every actor of every learner has a block of its own
+    block = RANK * args.num_actors + index
+    seed = (args.seed * 2**16 + block * args.num_envs) % 2**31
+    if attempt > 0:
+        seed = int(np.random.default_rng((args.seed, block, attempt)).integers(2**31 - args.num_envs))
+    generator = torch.Generator().manual_seed(seed)
+    agent = make_agent()
+    envs = make_envs(seed=seed)
+    while True:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        wait_start = time.perf_counter()
+        slot, version, _ = learner.recv()
+        act_start = time.perf_counter()
+        signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)
+        version = store.load(agent, version)
+        out = {name: field[slot].numpy() for name, field in rollouts.items()}  # views: cheap to fill step by step
+        episodes = []
+        with torch.inference_mode():
+            for t in range(args.num_steps):
+                out["obs"][t] = envs.obs
+                out["valid"][t] = envs.valid
+                actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
+                out["actions"][t] = actions.numpy()
+                out["logprobs"][t] = logprobs.numpy()
+                out["rewards"][t], out["terminated"][t], out["truncated"][t], ended = envs.step(out["actions"][t])
+                episodes += ended
+        out["obs"][args.num_steps] = envs.obs
+        learner.send((slot, version, episodes, act_start - wait_start, time.perf_counter() - act_start))
 
 
-def actor_seed(args, index, generation=0):
-    """Seed of an actor's action noise and of its first environment. envpool gives environment i this seed + i, in 31
-    bits: the blocks of all actors, of all `--seed`s below 2^15, and of all learners, up to 2^16 environments in total,
-    are disjoint. An actor that takes the place of another, as of `generation` 1, plays other episodes: its seed is
-    drawn."""
-    index += RANK * args.num_actors
-    if generation:
-        return int(np.random.default_rng((args.seed, index, generation)).integers(2**31 - args.num_envs))
-    return (args.seed * 2**16 + index * args.num_envs) % 2**31
-
-
-def ticket_version(args, rollout):
-    """The policy version that must collect a rollout (counted from 0): the definition of the lag schedules. The draws
-    of `mixture` depend on seed and rollout alone; early on they are uniform over the versions that exist."""
-    batch = rollout // args.rollouts_per_batch
-    if args.lag_schedule == "async":
-        return LATEST
-    if args.lag_schedule == "fixed":
-        return max(batch - args.lag, 0)
-    draw = np.random.default_rng((args.seed, global_rollout(args, rollout)))
-    return batch - int(draw.integers(min(args.lag, batch) + 1))
-
-
-def global_rollout(args, rollout):
-    """The number of a rollout of this learner, counted over all learners: those of a batch follow one another."""
+def ticket(args, slot, rollout):
+    """(slot, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
+    what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
+    over the versions that exist."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
-    return (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
-
-
-def train(args):
-    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises UsageError if the
-    flags cannot work, RunError if it cannot go on, KeyboardInterrupt or SystemExit after SIGINT or SIGTERM."""
-    validate(args)
-    connect(args)
-    folder, resume, again = run_folder(args, args.env_id)
-    if resume:
-        folder, saved = load_checkpoint(resume)
-        check_resume(args, saved, again)
-    # Before what takes long, since it may fail, and before the writer, to which it listens
-    tracked = start_tracking(args, folder) if args.track and RANK == 0 else None
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(args.learner_threads)
-    keep_freed_memory()
-    device = device_of("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-
-    make_agent, make_envs = build(args)
-    agent = make_agent(device)
-    same_start(agent, args.seed)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
-    store.publish(agent, 0)
-    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
-    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
-    T, C = args.num_steps, args.num_envs
-    frames, ages = torch.zeros(T + 4, C, 84, 84, dtype=torch.uint8), torch.zeros(T + 1, C, dtype=torch.uint8)
-    fields = {"obs": frames, "ages": ages, "actions": torch.zeros(T, C, dtype=torch.int64)}
-    rollouts = Rollouts(args.num_actors * slots_per_actor, **fields)
-
-    global_step, version, last_returns, seconds = 0, 0, deque(maxlen=100), Counter()  # seconds: over the whole run
-    trained = (agent, optimizer, store, ())
-    if resume:
-        restore(saved, *trained)
-        global_step, version = saved["global_step"], saved["version"]
-        last_returns.extend(saved["last_returns"])
-        seconds.update(saved["seconds"])
-
-    def save():
-        counters = {"global_step": global_step, "version": version, "last_returns": list(last_returns)}
-        save_checkpoint(folder, args, *trained, **counters, seconds=dict(seconds))
-
-    actors = Actors(args, slots_per_actor, version)
-    if RANK == 0:
-        writer = SummaryWriter(folder, purge_step=global_step + 1 if resume else None)
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_custom_scalars(LAYOUT)
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    hidden = None if RANK == 0 else True  # None: where there is no terminal
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, disable=hidden)
-    next_line = 0
-    try:
-        make_actor = partial(make_agent, device_of(args.actor_device), trained=False)
-        actors.start(make_actor, partial(make_envs, C), store, rollouts)
-        actors.issue(newest=version)
-        batch_time = time.perf_counter()
-        while global_step < args.total_timesteps:
-            # COLLECT a batch, copy it, and let its slots be filled again while we train
-            asked = time.perf_counter()
-            collected = actors.collect(batch=version)
-            if not all(gather(bool(collected))):  # learners end together, after the same batch
-                break
-            slots, ended, waits, acts = map(list, zip(*collected, strict=True))
-            learner_wait = time.perf_counter() - asked
-            batch = rollouts.batch(slots, device)  # [T (obs: T + 4, ages: T + 1), N, ...]
-            lags = (version - rollouts.version[slots]).tolist()  # [R]
-            for slot in slots:
-                place = f"from actor {slot // slots_per_actor}, after step {global_step}"
-                check_finite(place, vars(rollouts.arrays(slot)), folder)
-            actors.issue(newest=version, freed=slots)
-
-            # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
-            with torch.no_grad():
-                obs = stack_frames(batch.obs, batch.ages)  # [T + 1, N, 84, 84, 4]
-                learner_logprobs, _, values = agent.evaluate(obs[:-1], batch.actions)  # [T, N]
-                values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
-                learner_log_ratios = learner_logprobs - batch.logprobs  # [T, N], log pi_T/beta
-            terminated, dones = batch.terminated.float(), (batch.terminated | batch.truncated).float()  # [T, N]
-            aligned = learner_log_ratios if args.align else torch.zeros_like(learner_log_ratios)
-            settings = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
-            targets, advantages = vtrace(aligned, batch.rewards, values, terminated, dones, *settings)  # [T, N]
-            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            rows = (obs[:-1], batch.actions, batch.logprobs, learner_log_ratios.exp(), targets, advantages)
-            valid = batch.valid.flatten().nonzero().squeeze(-1)  # [B]
-            rows = [row.flatten(0, 1).index_select(0, valid) for row in rows]
-            *rows, b_advantages = rows
-            b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_targets = rows
-            b_values = values[:-1][batch.valid]
-
-            # FILTER: minibatch updates of pi
-            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
-            optimizer.param_groups[0]["lr"] = lr
-            samples = sum(gather(len(b_obs)))  # of all learners
-            share, shares = len(b_obs) / samples, minibatch_shares(len(b_obs), args.num_minibatches, device)
-            updates, weights = [], []
-            for _ in range(args.update_epochs):
-                # Each row once per epoch; the minibatches' sizes differ by one at most
-                minibatches = torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches)
-                advantages = [b_advantages.index_select(0, mb) for mb in minibatches]
-                if args.norm_adv:
-                    advantages = normalize_advantages(advantages, shares)
-                for mb, mb_advantages, mb_share in zip(minibatches, advantages, shares, strict=True):
-                    mb_rows = (row.index_select(0, mb) for row in rows)
-                    loss, update = vaco_minibatch(agent, args, mb_share, mb_advantages, *mb_rows)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    average_gradients(agent, mb_share)
-                    update["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    updates.append(update)
-                    weights.append(mb_share / share)  # 1 for a single learner
-
-            # PUBLISH the next version
-            weights, names = torch.stack(weights), updates[0]
-            means = {n: (weights * torch.stack([update[n] for update in updates])).mean().item() for n in names}
-            with torch.no_grad():
-                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
-            check_finite(f"in the batch after step {global_step}", means | agent.state_dict(), folder)
-            version += 1
-            store.publish(agent, version)
-            actors.issue(newest=version)
-            global_step += samples
-
-            # LOG, against environment steps: means over all learners
-            now = time.perf_counter()
-            batch_seconds, batch_time = now - batch_time, now
-            seconds.update(learner_wait=learner_wait, waits=sum(waits), actors=sum(waits + acts), total=batch_seconds)
-            means |= {
-                "losses/explained_variance": 1 - ((b_targets - b_values).var() / b_targets.var()).item(),
-                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean().item(),
-                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean().item(),
-                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean().item(),
-                "lag/ess": (b_learner_ratios.mean().square() / b_learner_ratios.square().mean()).item(),
-                "stats/learner_wait": learner_wait / batch_seconds,
-                "stats/actor_wait": sum(waits) / sum(waits + acts),
-                "stats/rollout_time": sum(acts) / len(acts),
-                "stats/update_time": batch_seconds - learner_wait,
-                "stats/queue_size": len(actors.finished),
-            }
-            scalars = global_means(share, means) | {"charts/learning_rate": lr}
-            scalars["charts/SPS"] = global_step / seconds["total"]
-            everyone = zip(*gather((lags, ended, [actors.restarts])), strict=True)
-            lags, ended, restarts = (list(itertools.chain(*parts)) for parts in everyone)
-            scalars["lag/versions_mean"], scalars["lag/versions_max"] = np.mean(lags), max(lags)
-            scalars["stats/actor_restarts"] = sum(restarts)
-            episodes = [episode for part in ended for episode in part]
-            if episodes:
-                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-                last_returns.extend(float(episode_return) for episode_return, _ in episodes)
-            for name, value in scalars.items() if RANK == 0 else ():
-                writer.add_scalar(name, value, global_step)
-            recent = recent_return(last_returns)
-            lag, tv, dropped = (scalars[name] for name in ("lag/versions_mean", "lag/tv_total", "filter/dropped"))
-            status = f"{recent}, lag {lag:.1f}, TV {tv:.3f}, dropped {dropped:.1%}"
-            progress.set_postfix_str(status, refresh=False)
-            progress.update(min(global_step, args.total_timesteps) - progress.n)
-            if progress.disable and RANK == 0 and now >= next_line and not actors.end:  # where there is no terminal
-                sps = f"{scalars['charts/SPS']:.0f} SPS"
-                print(f"step {global_step}/{args.total_timesteps}, {sps}, {status}", flush=True)
-                next_line = now + 5
-            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
-                save()
-        save()
-    finally:
-        actors.stop()
-        progress.close()
-        with contextlib.suppress(OSError):  # on a full disk, too, what ended the run is what to tell
-            if RANK == 0:
-                writer.close()
-    if global_step < args.total_timesteps:
-        if RANK == 0:
-            tell(f"stopped at step {global_step}; --resume {folder} goes on from there")
-        raise actors.end or RunError(f"another learner has ended the run, at step {global_step}")
-    summary = (
-        f"{args.env_id}, seed {args.seed}: {global_step} steps in {seconds['total']:.1f} s, "
-        f"{global_step / seconds['total']:.0f} SPS, {recent_return(last_returns)}, mean of "
-        f"{len(last_returns)} episodes; learner waited {seconds['learner_wait'] / seconds['total']:.1%} of the time, "
-        f"actors {seconds['waits'] / seconds['actors']:.1%}; logs in {folder}"
-    )
-    if RANK == 0:
-        print(summary)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if RANK == 0 and (args.save_model or args.capture_video):
-        model = f"{folder}/{args.exp_name}.cleanrl_model"
-        save_model(model, args, agent)
-        print(f"model saved to {model}", flush=True)
-        results = evaluate(replace(args, evaluate=model, resume="", track=False, save_model=False))
-        with contextlib.closing(SummaryWriter(folder)) as writer:
-            for name, returns in results.items():
-                writer.add_scalar(f"eval/{name}_return", np.mean(returns), global_step)
-    if tracked:
-        tracked.finish()  # a run that ends otherwise is ended by wandb, as failed
-    return agent
+    number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
+    if args.lag_schedule == "async":
+        return slot, LATEST, number
+    if args.lag_schedule == "fixed":
+        return slot, max(batch - args.lag, 0), number
+    draw = np.random.default_rng((args.seed, number)).integers(min(args.lag, batch) + 1)
+    return slot, batch - int(draw), number
 
 
 class Actors:
@@ -663,536 +419,143 @@ class Actors:
 
     A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
     has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
-    number of slots, nothing is dropped. Batch v is made, lockstep, of the R rollouts from v R on, in this order, so
-    that nothing depends on timing; async, of the R that were finished first.
-
-    An actor that dies, fails or gets stuck is replaced by one with fresh environments, which collects from the start
-    what was asked for and not delivered. `end` is what must end the run, if anything must: an exception.
+    number of slots, nothing is dropped. The successor of an actor that has died collects from the start what that one
+    owed. `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text.
     """
 
-    def __init__(self, args, slots_per_actor, version=0):
-        N, done = args.num_actors, version * args.rollouts_per_batch  # rollouts of the batches before `version`
-        self.args, self.slots_per_actor, self.arrivals = args, slots_per_actor, done
-        self.first_version, self.restarts, self.end, self.signalled, self.handlers = version, 0, None, 0.0, {}
-        self.issued = [len(range(index, done, N)) for index in range(N)]  # tickets given to each actor so far
-        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
-        self.finished = {}  # place in the order of training -> what the actor sent
-        self.processes, self.connections = {}, {}  # by the actor's index
-        self.owed = [deque() for _ in range(N)]  # what each actor has to answer: None, to be ready, and tickets
-        self.heard = [0.0] * N  # when each last sent something, or got something to do
-        self.failures = [0] * N  # of each since its last rollout
-
-    def start(self, *arguments):
-        """Start the actors, with the arguments of `actor` from make_agent on, and block until all are ready. Until
-        `stop`, signals end the run in good order."""
-        # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
-        self.context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-        self.context.set_forkserver_preload(PRELOAD)
+    def __init__(self, args, slots_per_actor, version, target, *arguments):
+        self.args = args
+        self.slots_per_actor = slots_per_actor
+        self.first_version = version
+        self.target = target  # what a process calls, with these arguments besides its own
         self.arguments = arguments
-        if threading.current_thread() is threading.main_thread():  # Python allows it there only
-            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)
-            self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
-        for index in range(self.args.num_actors):
+        done = version * args.rollouts_per_batch  # rollouts of the batches before this version
+        self.next_rollout = [done + (index - done) % args.num_actors for index in range(args.num_actors)]
+        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
+        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
+        self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
+        self.restarts = 0
+        self.stop_reasons = []
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
+        self.context = mp.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard"])
+        self.processes = [None] * args.num_actors
+        self.connections = [None] * args.num_actors
+        for index in range(args.num_actors):
             self.launch(index)
-        while any(self.owed) and not self.end:
-            self.receive(timeout=0.5)
 
     def on_signal(self, number, _):
-        """End the run after the batch in hand; at the second signal at once."""
-        if number == signal.SIGCONT:  # the job was suspended: that actors sent nothing for long means nothing
-            self.heard = [time.perf_counter()] * len(self.heard)
-            return
-        end, now = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number), time.perf_counter()
-        if not self.end:
-            self.end, self.signalled = end, now
-        elif now > self.signalled + 1:  # else it is the same one, from a scheduler and from torchrun
-            raise end
+        self.stop_reasons.append(128 + number)
 
-    def launch(self, index, pause=0):
-        """Start an actor, which waits for `pause` seconds first, and send it the tickets that its predecessor left."""
-        # Ctrl-C, and a scheduler's SIGTERM, can reach every process: actors inherit that they leave them to the
-        # learner. The resource tracker must run before, because starting it would lift the block
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            self.connections[index], theirs = self.context.Pipe()
-            arguments = (self.args, index, self.first_version + self.restarts, pause, *self.arguments, theirs)
-            process = self.context.Process(target=actor, args=arguments, name=f"actor {index}", daemon=True)
-            process.start()
-            self.processes[index] = process
-            theirs.close()  # so that the pipe ends with the actor
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        tickets = [ticket for ticket in self.owed[index] if ticket]
-        with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
-            for ticket in tickets:
-                self.connections[index].send(ticket)
-        self.owed[index], self.heard[index] = deque([None, *tickets]), time.perf_counter() + pause
+    def launch(self, index):
+        """Start an actor, with the tickets that its predecessor has not answered."""
+        self.connections[index], theirs = self.context.Pipe()
+        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
+        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
+        process.start()
+        theirs.close()  # so that the pipe ends with the actor
+        self.processes[index] = process
+        for pending in self.pending[index]:
+            self.connections[index].send(pending)
 
-    def replace(self, index, problem):
-        """Report what is wrong with an actor and start its successor, or let the run end."""
-        self.processes[index].kill()
+    def replace(self, index):
+        """Say how an actor has died and start its successor, or let the run end."""
         self.processes[index].join()
+        code = self.processes[index].exitcode
+        problem = f"actor {index} died with exit code {code}"
+        if code == -signal.SIGALRM:
+            problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
-        self.failures[index] += 1
         if self.restarts > self.args.max_actor_restarts:
-            self.end = self.end or RunError(f"actor {index} {problem}\nThis is more than --max-actor-restarts allows")
-            return
-        pause = min(2 ** (self.failures[index] - 1) - 1, 15)  # 0, 1, 3, 7, 15, 15, ... until it delivers
-        tell(f"actor {index} {problem}\nrestart {self.restarts}, in {pause} s")
-        try:
-            self.launch(index, pause)
-        except (OSError, EOFError) as error:  # no memory, no descriptors, or no forkserver
-            self.end = self.end or RunError(f"actor {index} {problem}\nAnother cannot be started: {error!r}")
-
-    def receive(self, timeout):
-        """Wait for `timeout` seconds, or until actors send something; returns what came about rollouts. Replaces actors
-        that have died, failed, or sent nothing for too long."""
-        ready, now, messages = wait(self.connections.values(), timeout), time.perf_counter(), []
-        for index, connection in self.connections.items():
-            if connection in ready:
-                self.heard[index] = now
-                try:
-                    message = connection.recv()
-                except (EOFError, OSError):
-                    self.processes[index].join(10)
-                    code = self.processes[index].exitcode or 0
-                    message = f"has died: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
-            elif self.owed[index] and now - self.heard[index] > self.args.actor_timeout:
-                message = f"has sent nothing for {self.args.actor_timeout:g} s (--actor-timeout)"
-            else:
-                continue
-            if isinstance(message, str):
-                self.replace(index, message)
-            elif self.owed[index].popleft():  # else it is ready
-                self.failures[index] = 0
-                messages.append(message)
-        return messages
+            self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+        else:
+            print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
+            self.launch(index)
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
         slots that have been copied and may be filled again."""
         for slot in freed:
-            self.rollout_in.pop(slot)
-        for index, connection in self.connections.items():
+            del self.rollout_in[slot]
+        for index in range(self.args.num_actors):
             while True:
-                rollout = index + self.issued[index] * self.args.num_actors
-                slot = index * self.slots_per_actor + self.issued[index] % self.slots_per_actor
-                version = ticket_version(self.args, rollout)
+                rollout = self.next_rollout[index]
+                turn = rollout // self.args.num_actors % self.slots_per_actor
+                pending = ticket(self.args, index * self.slots_per_actor + turn, rollout)
+                slot, version, _ = pending
                 if slot in self.rollout_in or version > newest:
                     break
-                if not self.owed[index]:
-                    self.heard[index] = time.perf_counter()
-                self.owed[index].append((slot, version))
-                with contextlib.suppress(ConnectionError):  # `receive` tells of a dead actor
-                    connection.send((slot, version))
                 self.rollout_in[slot] = rollout
-                self.issued[index] += 1
+                self.next_rollout[index] += self.args.num_actors
+                self.pending[index].append(pending)
+                with contextlib.suppress(ConnectionError):  # of an actor that has died: its successor gets it
+                    self.connections[index].send(pending)
 
     def collect(self, batch):
-        """Block until the rollouts of a batch are there; returns what actors sent, in the order of training. Returns
-        nothing if the run must end."""
-        places = range(batch * self.args.rollouts_per_batch, (batch + 1) * self.args.rollouts_per_batch)
-        while not self.end:
-            complete = all(place in self.finished for place in places)
-            messages = self.receive(timeout=0 if complete else 0.5)
-            for message in messages:
-                place = self.arrivals if self.args.lag_schedule == "async" else self.rollout_in[message[0]]
-                self.finished[place] = message
-                self.arrivals += 1
-            if complete and not messages:
-                return [self.finished.pop(place) for place in places]
+        """Block until the rollouts of a batch are there; returns what actors sent, lockstep in the order of the
+        rollouts, so that nothing depends on timing, async in that of arrival. Returns nothing if the run must end."""
+        size = self.args.rollouts_per_batch
+        while not self.stop_reasons:
+            rollouts = range(batch * size, (batch + 1) * size)
+            if self.args.lag_schedule == "async" and len(self.finished) >= size:
+                rollouts = list(self.finished)[:size]
+            if all(rollout in self.finished for rollout in rollouts):
+                return [self.finished.pop(rollout) for rollout in rollouts]
+            for connection in wait(self.connections, timeout=0.5):
+                index = self.connections.index(connection)
+                try:
+                    message = connection.recv()
+                except (EOFError, ConnectionError):
+                    self.replace(index)
+                else:
+                    slot, *_ = self.pending[index].popleft()
+                    self.finished[self.rollout_in[slot]] = message
         return []
 
     def stop(self):
         """End the actors at once: they hold nothing worth waiting for."""
-        for process in self.processes.values():
+        for process in self.processes:
             process.kill()
-        for process in self.processes.values():
             process.join()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
-# The groups of flags in --help, by the first flag of each
-HEADINGS = {
-    "exp_name": "run and machine",
-    "env_id": "environment",
-    "track": "tracking and evaluation",
-    "checkpoint_interval": "checkpoints and faults",
-    "num_actors": "actors: how old data is when it arrives (backward lag)",
-    "update_epochs": "learner: how far the policy moves on one batch (forward lag)",
-    "align": "VACO: advantages aligned, gradients filtered",
-}
-
-# What stands side by side under "Custom scalars" in TensorBoard
-LAYOUT = {
-    "policy lag": {
-        "return": ["Multiline", ["charts/episodic_return"]],
-        "lag in versions": ["Multiline", ["lag/versions_mean", "lag/versions_max"]],
-        "total variation": ["Multiline", ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"]],
-        "filter": ["Multiline", ["filter/gate_open", "filter/dropped"]],
-        "share of time spent waiting": ["Multiline", ["stats/learner_wait", "stats/actor_wait"]],
-    }
-}
-
-
-class UsageError(Exception):
-    """Flags that cannot work; the message is one line that names the flag and what to type instead."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says what failed, where, and what is saved."""
-
-
-def tell(text):
-    """Print to stderr. Ctrl-C may have ended what it is piped to, which must not keep a run from saving."""
-    with contextlib.suppress(OSError):
-        print(f"learner {RANK}: {text}" if WORLD_SIZE > 1 else text, file=sys.stderr, flush=True)
-
-
-def check(args, name, holds, advice):
-    """Raise UsageError about the flag `name` unless `holds`."""
-    value = getattr(args, name)
-    typed = f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
-    if not holds:
-        raise UsageError(f"{typed}: {advice}")
-
-
-def validate(args):
-    """Check all flags, before any process starts. Raises UsageError."""
-    counts = ("total_timesteps", "num_actors", "num_envs", "rollouts_per_batch", "num_minibatches", "update_epochs")
-    lowest = dict.fromkeys(counts, 1) | {"num_steps": 2, "max_grad_norm": 1e-9}  # one step could be all dummies
-    lowest["learner_threads"] = 1
-    lowest |= {"actor_timeout": 1, "learner_timeout": 1, "eval_episodes": 1}
-    highest = {"seed": 2**31 - 1, "gamma": 1, "gae_lambda": 1, "num_actors": 256, "num_envs": 256, "num_steps": 100_000}
-    highest |= {"rollouts_per_batch": 1024, "lag": 500, "repeat_action_probability": 1}
-    highest |= {"learner_threads": 256, "actor_nice": 19, "eval_episodes": 256}
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)):
-            low, high = lowest.get(name, 0), highest.get(name, 10**12)
-            check(args, name, low <= value <= high, f"must be a number from {low} to {high}")
-    check(args, "exp_name", not {"/", ":"} & {*args.exp_name}, "names a folder and a file; leave out / and :")
-    gpus, here = torch.cuda.device_count() if args.cuda else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    advice = f"there are {gpus} GPUs for {here} learners; type --nproc-per-node {gpus}, or --no-cuda"
-    check(args, "cuda", not gpus or gpus >= here, advice)
-    advice = f"must be more than the --actor-timeout of {args.actor_timeout:g}, so that stuck actors are replaced first"
-    check(args, "learner_timeout", WORLD_SIZE == 1 or args.learner_timeout > args.actor_timeout, advice)
-    advice = "the async schedule cannot hold a lag; type --lag-schedule fixed (or mixture), or vary --num-actors"
-    check(args, "lag", args.lag == 0 or args.lag_schedule != "async", advice)
-    for name, package in (("track", "wandb"), ("capture_video", "imageio_ffmpeg")):
-        found = not getattr(args, name) or importlib.util.find_spec(package)
-        check(args, name, found, f"type pip install {package.replace('_', '-')}, or leave the flag out")
-    advice = "an evaluation neither goes on with a run nor makes one: leave out --resume, --track and --save-model"
-    check(args, "evaluate", not args.evaluate or not (args.resume or args.track or args.save_model), advice)
-    tickets = math.ceil(args.rollouts_per_batch / args.num_actors)  # at once, which must fit into a pipe
-    check(args, "num_actors", tickets <= 128, f"type --num-actors {math.ceil(args.rollouts_per_batch / 128)} or more")
-    samples = args.rollouts_per_batch * args.num_steps * args.num_envs
-    check(args, "num_steps", samples <= 2**17, f"makes batches of {samples} samples, more than {2**17}")
-    divisors = [n for n in range(1, samples // 4 + 1) if samples % n == 0] or [1]
-    nearest = min(divisors, key=lambda n: abs(n - args.num_minibatches))
-    advice = f"cannot split the {samples} samples of a batch evenly, 4 or more each; type --num-minibatches {nearest}"
-    check(args, "num_minibatches", args.num_minibatches in divisors, advice)
-    no_gpu = args.actor_device == "cuda" and not torch.cuda.is_available()
-    check(args, "actor_device", not no_gpu, "there is no GPU that torch can use; type --actor-device cpu")
-    if atari_actions(args.env_id) is None:
-        closest = ", ".join(closest_tasks(args.env_id, atari_actions))
-        check(args, "env_id", False, f"not an Atari game of envpool (others: vaco_async_mujoco.py); closest: {closest}")
-
-
-def closest_tasks(env_id, supported):
-    """The envpool tasks that are spelled most like `env_id`, of those for which `supported` is true; at most three."""
-    tasks = {re.sub(r"\W", "", task).lower(): task for task in envpool.list_all_envs()}
-    similar = difflib.get_close_matches(re.sub(r"\W", "", env_id).lower(), tasks, n=50, cutoff=0)
-    return list(itertools.islice((tasks[name] for name in similar if supported(tasks[name])), 3))
-
-
-def atari_actions(env_id):
-    """The number of actions of an envpool Atari game; None of any other task."""
-    try:
-        spec = envpool.make_spec(env_id)
-    except Exception:  # unknown, or without the system libraries or files that it needs
-        return None
-    return int(spec.action_space.n) if hasattr(spec.config, "full_action_space") else None
-
-
-def leave_with_parent():
-    """Let this process end with the one that started it, however that ends, also from the middle of a rollout."""
-    parent_ends = [mp.parent_process().sentinel]
-    threading.Thread(target=lambda: wait(parent_ends) and os._exit(1), daemon=True).start()
-
-
 def connect(args):
-    """Join the other learners, where torchrun has started several. Raises RunError if one does not come."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: leave with torchrun, however it ends
+    """Join the other learners, where torchrun has started several."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        gpus = args.cuda and torch.cuda.is_available()
-        if gpus:
-            torch.cuda.set_device(LOCAL_RANK)
-        try:
-            store = job_store(args)
-            # Learners that were started again must not find the addresses of those before
-            store = dist.PrefixStore(f"attempt {this_attempt(store, args.learner_timeout)}", store)
-            timeout = timedelta(seconds=args.learner_timeout)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", None, timeout, WORLD_SIZE, RANK, store)
-        except (RuntimeError, ValueError) as error:
-            reason = f"{error}".partition("\n")[0][:300]
-            raise RunError(f"cannot join the learners, or one has not come in --learner-timeout ({reason})") from None
-
-
-def job_store(args):
-    """What all learners share, also with those before them that torchrun has started again."""
-    return next(dist.rendezvous("env://", timeout=timedelta(seconds=args.learner_timeout)))[0]
-
-
-def this_attempt(store, timeout):
-    """A number that the learners now running share, and none before them: a learner may have died before it came here,
-    so they cannot count for themselves. The first one counts, and confirms whom it has met. Raises RuntimeError."""
-    if RANK == 0:
-        attempt = store.add("attempts", 1)
-        here = [store.get(f"learner {rank} of attempt {attempt}").decode() for rank in range(1, WORLD_SIZE)]
-        store.set(f"learners of attempt {attempt}", "|".join(here))
-        return attempt
-    me, deadline = f"{os.uname().nodename} {os.getpid()} {time.time_ns()}", time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        attempt = store.add("attempts", 0)
-        store.set(f"learner {RANK} of attempt {attempt}", me)
-        met = f"learners of attempt {attempt}"
-        if store.check([met]) and me in store.get(met).decode().split("|"):
-            return attempt
-        time.sleep(0.1)
-    raise RuntimeError("the first learner has not come")
-
-
-def run_folder(args, subject):
-    """The folder of this run, where to resume from ("" to begin), and whether torchrun has started the learners again.
-    Raises UsageError if they have different flags."""
-    for flags in gather(vars(args)):
-        for name, value in flags.items():
-            advice = f"another learner has {value}; all must have the same flags"
-            check(args, name, value == getattr(args, name), advice)
-    name = f"runs/{re.sub('[/:]', '-', subject)}__{args.exp_name}__{args.seed}"
-    resume, again, folder = args.resume, False, ""
-    if resume:
-        folder = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
-    if "TORCHELASTIC_RUN_ID" in os.environ and RANK == 0:
-        with exchange():
-            store = job_store(args)
-            again = store.check([f"folder of {name}"])
-            if again:
-                folder = store.get(f"folder of {name}").decode()
-                resume = folder if os.path.exists(f"{folder}/checkpoint.pt") else resume
-                tell(f"started again, going on from {resume or 'the beginning: no checkpoint (--checkpoint-interval)'}")
-            folder = folder or new_folder(name)
-            store.set(f"folder of {name}", folder)
-    if RANK == 0:
-        folder = folder or new_folder(name)
-    return from_first((folder, resume, again))
-
-
-def new_folder(name):
-    """Make the folder of a new run, which has the time in its name, and return its path. Runs of one name that begin in
-    the same second get the seconds after it."""
-    for begun in itertools.count(int(time.time())):
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(folder := f"{name}__{begun}")
-            return folder
-
-
-@contextlib.contextmanager
-def exchange():
-    """Around what needs all learners: raises RunError if one has ended or does not answer (by gloo; NCCL ends the
-    process)."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        reason = f"{error}".partition("\n")[0][:300]
-        raise RunError(f"another learner has ended, or has not answered in --learner-timeout ({reason})") from None
-
-
-def same_start(agent, seed):
-    """Give all learners the weights of the first, since hosts may round differently, and minibatches of their own."""
-    agent.load_state_dict(from_first({name: tensor.cpu() for name, tensor in agent.state_dict().items()}))
-    if RANK > 0:
-        torch.manual_seed(int(np.random.default_rng((seed, RANK)).integers(2**63)))
+        timeout = timedelta(seconds=args.learner_timeout)
+        # A store of its own, which ends with the first learner: in torchrun's, after a restart, learners would find the
+        # addresses of those before
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
+        store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
-    """The `value`s of all learners, in the order of their ranks: a list. Raises RunError."""
-    values = [value]
+    """The `value`s of all learners, in the order of their ranks: a list."""
+    values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        values = [None] * WORLD_SIZE
-        with exchange():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
     return values
 
 
-def from_first(value):
-    """The `value` of the learner with rank 0, in every learner. Raises RunError."""
-    box = [value]
+def average(tensor):
+    """The mean of a tensor over all learners, the same to the last bit in each; for one learner, the tensor itself."""
     if WORLD_SIZE > 1:
-        with exchange():
-            dist.broadcast_object_list(box, src=0, device="cpu")
-    return box[0]
-
-
-def all_sum(tensor):
-    """A tensor, changed in place to its sum over all learners, the same to the last bit in each. Raises RunError."""
-    return all_reduce(tensor) if WORLD_SIZE > 1 else tensor
-
-
-def all_reduce(tensor):
-    with exchange():
         dist.all_reduce(tensor)
+        tensor /= WORLD_SIZE
     return tensor
 
 
-# Compiled code would not catch its errors. In learners only: it imports for a second, and each actor imports this file
-if WORLD_SIZE > 1 and mp.current_process().name == "MainProcess":
-    all_reduce = torch.compiler.disable(all_reduce)
-
-
-def global_mean(share, x):
-    """Mean of x [M], which needs no gradient, over a minibatch of which the `share` in x is this learner's."""
-    return all_sum(share * x.mean())
-
-
-def global_means(share, means):
-    """{name: mean over the samples of this learner, a `share` of all} -> {name: mean over all learners' samples}."""
-    totals = all_sum(share * torch.tensor(list(means.values()), dtype=torch.float64))
-    return dict(zip(means, totals.tolist(), strict=True))
-
-
-def minibatch_shares(rows, num_minibatches, device):
-    """This learner's share of each minibatch, if each learner splits its rows evenly: [num_minibatches]."""
-    sizes = torch.tensor([len(part) for part in torch.arange(rows).tensor_split(num_minibatches)])
-    return (sizes / all_sum(sizes.clone())).to(device)
-
-
-def normalize_advantages(advantages, shares):
-    """Advantages of all minibatches of an epoch, [M] each: minus the mean, over the standard deviation of the minibatch
-    of all learners, in which this one's are a share each."""
-
-    def means(parts):
-        return all_sum(shares * torch.stack([part.mean() for part in parts]))
-
-    centred = [part - mean for part, mean in zip(advantages, means(advantages), strict=True)]
-    variances = means([part.square() for part in centred])
-    return [part / (variance.sqrt() + 1e-8) for part, variance in zip(centred, variances, strict=True)]
-
-
-def average_gradients(agent, share):
-    """Replace the gradients of a minibatch's mean loss by their mean over all learners: one flat all-reduce."""
+def average_gradients(agent):
+    """Replace the gradients by their mean over all learners: one flat all-reduce."""
     if WORLD_SIZE > 1:
         gradients = [parameter.grad for parameter in agent.parameters()]
-        flat = all_sum(share * torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-
-def recent_return(returns):
-    """What the progress shows of the last episodes' returns."""
-    return f"return {np.mean(returns):.1f}" if returns else "no return yet"
-
-
-def check_finite(place, values, folder):
-    """Raise RunError with the names of those of `values`, {name: number, array or tensor}, that are not finite."""
-    broken = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
-    if broken:
-        kept = f"{folder}/checkpoint.pt"
-        kept = kept if os.path.exists(kept) else "there is none"
-        raise RunError(f"not finite {place}: {', '.join(broken)}; the last good checkpoint: {kept}")
-
-
-def save_checkpoint(folder, args, agent, optimizer, store, statistics, **counters):
-    """Write all that a run needs to go on to `folder`/checkpoint.pt, of tensors, numbers and text alone:
-    torch.load(weights_only=True) reads it. The first learner writes for all. Raises RunError."""
-    state = {"script": os.path.basename(__file__), "args": vars(args), "rng": gather(torch.get_rng_state())}
-    if RANK > 0:
-        return
-    state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "store": vars(store)}
-    state["statistics"] = [{n: torch.as_tensor(np.asarray(v)) for n, v in vars(s).items()} for s in statistics]
-    write_file(f"{folder}/checkpoint.pt", state | counters)
-
-
-def write_file(path, state):
-    """Write `path` so that it is whole at every moment: the old one or the new. Raises RunError."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise RunError(f"cannot write {path} ({error.strerror}); what was there before is as it was") from None
-
-
-def load_checkpoint(path):
-    """A run's folder and the content of its checkpoint, given the folder or the file. The first learner reads it for
-    all. Raises UsageError."""
-    found = None
-    if RANK == 0:
-        try:
-            found = read_file(path, "resume", "optimizer")
-        except UsageError as error:
-            found = error
-    found = from_first(found)
-    if isinstance(found, UsageError):
-        raise found
-    return found
-
-
-def read_file(path, flag, needed):
-    """(folder, content) of a file that this script has written, which has the entry `needed`; of a folder, of the
-    checkpoint in it. Raises UsageError."""
-    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    script = os.path.basename(__file__)
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch compares no checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["script"] == script:
-            state["args"], _ = Args(**state["args"]), state[needed]
-    except Exception as error:  # files that are something else make torch raise all sorts
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise UsageError(f"--{flag} {path}: cannot be read; type a run's folder, or a file in it ({reason})") from None
-    if state["script"] != script:
-        raise UsageError(f"--{flag} {path}: a file of {state['script']}, not of {script}")
-    return os.path.dirname(file) or ".", state
-
-
-def restore(state, agent, optimizer, store, statistics):
-    """Put back what `save_checkpoint` took, but for the counters."""
-    if len(state["rng"]) > RANK:  # there may be more learners than before
-        torch.set_rng_state(state["rng"][RANK])
-    agent.load_state_dict(state["agent"])
-    optimizer.load_state_dict(state["optimizer"])
-    for name, tensor in state["store"].items():
-        getattr(store, name).copy_(tensor)
-    for s, saved in zip(statistics, state["statistics"], strict=True):
-        vars(s).update({name: tensor.numpy() for name, tensor in saved.items()})
-
-
-def check_resume(args, state, again=False):
-    """Raise UsageError if a run cannot go on with these flags: those that are not on the use of the machine must be the
-    checkpoint's."""
-    if not again:  # torchrun starts complete runs again, too, if a learner dies at the very end
-        advice = f"the checkpoint is at step {state['global_step']}; type a larger number"
-        check(args, "total_timesteps", args.total_timesteps > state["global_step"], advice)
-    free = {"total_timesteps", "num_actors", "checkpoint_interval", "resume", "actor_timeout", "max_actor_restarts"}
-    free |= {"cuda", "torch_deterministic", "compile", "actor_nice", "actor_device", "learner_threads"}
-    free |= {"track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-    free |= {"learner_timeout"}
-    for name, before in vars(state["args"]).items():
-        advice = f"the checkpoint's is {before}; leave the flag out, or start a new run"
-        same = same_task(args.env_id, before) if name == "env_id" else getattr(args, name) == before
-        check(args, name, same or name in free, advice)
+        vector = average(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(vector, gradients)
 
 
 def keep_freed_memory():
@@ -1204,175 +567,212 @@ def keep_freed_memory():
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def same_task(env_id, other):
-    """Whether two ids can mean one environment: a program that registers it leaves out "module:"."""
-    (module, _, name), (other_module, _, other_name) = env_id.rpartition(":"), other.rpartition(":")
-    return name == other_name and (module == other_module or not (module and other_module))
+def check_finite(place, numbers):
+    """End the run if any of `numbers`, {name: array or tensor}, is not finite."""
+    broken = [name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    if broken:
+        sys.exit(f"not finite: {', '.join(broken)} {place}")
 
 
-def device_of(name):
-    """The device that `cpu` or `cuda` means for this learner and its actors."""
-    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+def train(args):
+    """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
+    run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
+    connect(args)
+    folder = args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace(":", "-")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
+        torchrun_store, _, _ = next(dist.rendezvous("env://"))
+        folder = torchrun_store.compare_set("folder", "", folder).decode()
+    if args.track and RANK == 0:
+        import wandb
 
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(folder)}
+        wandb.init(**where, id=where["name"], resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.learner_threads)
+    keep_freed_memory()
+    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
 
-def build_atari(args):
-    """The functions that make an agent, and the environments of one actor from (their number, seed)."""
+    make_agent = partial(CnnAgent, atari_actions(args.env_id), args.bf16)
+    actor_device = torch.device(f"cuda:{LOCAL_RANK}" if args.actor_device == "cuda" else "cpu")
+    make_actor = partial(make_agent, actor_device, trained=False)
     options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
-    return partial(Agent, atari_actions(args.env_id), args.bf16), partial(AtariEnvs, args.env_id, **options)
+    make_envs = partial(AtariEnvs, args.env_id, args.num_envs, **options)
+    agent = make_agent(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
+    store.publish(agent, 0)
+    # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
+    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
+    S, T, C = args.num_actors * slots_per_actor, args.num_steps, args.num_envs
+    rollouts = {
+        "obs": torch.zeros(S, T + 1, C, 84, 84, 4, dtype=torch.uint8).share_memory_(),  # with those after the last step
+        "actions": torch.zeros(S, T, C, dtype=torch.int64).share_memory_(),
+        "logprobs": torch.zeros(S, T, C).share_memory_(),  # of the version that acted
+        "rewards": torch.zeros(S, T, C).share_memory_(),  # as paid
+    }
+    for name in ("terminated", "truncated", "valid"):
+        rollouts[name] = torch.zeros(S, T, C, dtype=torch.bool).share_memory_()
 
+    global_step = 0
+    version = 0
+    last_returns = deque(maxlen=100)
+    modules = {"agent": agent, "optimizer": optimizer, "store": store}
+    checkpoint = f"{folder}/checkpoint.pt"
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if os.path.exists(checkpoint) else None
+    saved = gather(saved)[0]  # the first learner's
+    if saved:
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        global_step = saved["global_step"]
+        version = saved["version"]
+        last_returns.extend(saved["last_returns"])
 
-build = build_atari  # what `train`, `save_model` and `evaluate` call
+    def save():
+        """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
+        state = {"args": vars(args), "global_step": global_step, "version": version, "last_returns": list(last_returns)}
+        state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
+        if RANK == 0:
+            torch.save(state, f"{checkpoint}.tmp")
+            os.replace(f"{checkpoint}.tmp", checkpoint)
 
-
-def start_tracking(args, folder):
-    """Begin, or go on with, a run of Weights & Biases: TensorBoard's curves go there, too. Raises UsageError."""
-    import wandb
-
-    name = os.path.basename(os.path.normpath(folder))
-    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name[-128:]}
+    if RANK == 0:
+        writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
+        writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    actors = Actors(args, slots_per_actor, version, actor, make_actor, make_envs, store, rollouts)
     try:
-        return wandb.init(**where, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
-    except wandb.Error as error:
-        text = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"--track: {text}; type WANDB_MODE=offline before the command to do without") from None
+        actors.issue(newest=version)
+        first_step = global_step
+        train_start = batch_start = time.perf_counter()
+        while global_step < args.total_timesteps:
+            # COLLECT a batch, copy it, and let its slots be filled again while we train
+            wait_start = time.perf_counter()
+            collected = actors.collect(batch=version)
+            stop_reasons = [reason for reasons in gather(actors.stop_reasons) for reason in reasons]
+            if stop_reasons:  # all learners end after the same batch
+                break
+            learner_wait = time.perf_counter() - wait_start
+            slots, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
+            for slot in slots:
+                rollout = {name: field[slot].numpy() for name, field in rollouts.items()}
+                check_finite(f"from actor {slot // slots_per_actor}, after step {global_step}", rollout)
+            # Time-major, [T (obs: T + 1), N, ...], with the N = R * C environments of R rollouts
+            batch = {name: field[slots].transpose(0, 1).flatten(1, 2).to(device) for name, field in rollouts.items()}
+            actors.issue(newest=version, freed=slots)
 
+            # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
+            with torch.no_grad():
+                obs = agent.normalize(batch["obs"])  # [T + 1, N, 84, 84, 4]
+                learner_logprobs, _, values = agent.evaluate(obs[:-1], batch["actions"])  # [T, N]
+                values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
+            learner_log_ratios = learner_logprobs - batch["logprobs"]  # [T, N], log pi_T/beta
+            log_rhos = learner_log_ratios if args.align else torch.zeros_like(learner_log_ratios)
+            terminated = batch["terminated"].float()  # [T, N]
+            dones = (batch["terminated"] | batch["truncated"]).float()  # [T, N]
+            bounds = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
+            targets, advantages = vtrace(log_rhos, batch["rewards"], values, terminated, dones, *bounds)  # [T, N]
+            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
+            valid = batch["valid"]
+            b_obs = obs[:-1][valid]
+            b_actions = batch["actions"][valid]
+            b_behavior_logprobs = batch["logprobs"][valid]
+            b_learner_ratios = learner_log_ratios[valid].exp()
+            b_advantages = advantages[valid]
+            b_targets = targets[valid]
 
-def save_model(path, args, agent):
-    """Write all that it takes to act to `path`: flags, the agent's arguments, weights and observation statistics.
-    Raises RunError."""
-    weights = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
-    script, sizes = os.path.basename(__file__), build(args)[0].args
-    write_file(path, {"script": script, "args": vars(args), "sizes": sizes, "agent": weights})
+            # FILTER: minibatch updates of pi
+            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+            counts = gather(len(b_obs))  # every learner uses as many rows as the one with the fewest
+            minibatch_logs = []
+            for _ in range(args.update_epochs):
+                rows = torch.randperm(len(b_obs))[: min(counts)].to(device)
+                for mb in rows.tensor_split(args.num_minibatches):
+                    mb_advantages = b_advantages[mb]
+                    if args.norm_adv:
+                        mb_advantages -= average(mb_advantages.mean())
+                        mb_advantages /= average(mb_advantages.square().mean()).sqrt() + 1e-8
+                    mb_rows = (b_obs[mb], b_actions[mb], b_behavior_logprobs[mb], b_learner_ratios[mb], b_targets[mb])
+                    loss, logs = vaco_minibatch(agent, args, mb_advantages, *mb_rows)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    average_gradients(agent)
+                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    minibatch_logs.append(logs)
 
+            # PUBLISH the next version
+            with torch.no_grad():
+                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
+            means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
+            check_finite(f"in the batch after step {global_step}", means | agent.state_dict())
+            version += 1
+            store.publish(agent, version)
+            actors.issue(newest=version)
+            global_step += sum(counts)
 
-def load_model(path):
-    """The flags and the weights in a file of `save_model`, or in a checkpoint. Flags that say how the run was made, not
-    what it made, have their defaults. Raises UsageError."""
-    state = read_file(path, "evaluate", "agent")[1]
-    other = {"resume", "evaluate", "track", "save_model", "capture_video", "compile", "actor_device"}
-    defaults = {name: value for name, value in vars(Args()).items() if name in other}
-    return replace(state["args"], **defaults), state["agent"]
-
-
-def play(agent, envs, generator=None, see=None):
-    """One whole episode in each environment: its return, [C]. Actions are sampled with the generator, the most likely
-    ones without. `see` is called with each frame [height, width, 3] of environment 0. Raises RunError."""
-    first = {}
-    with torch.inference_mode():
-        while len(first) < len(envs.valid):
-            if max(envs.lengths) >= 100_000:
-                raise RunError("an episode does not end within 100000 steps: its environment needs a time limit")
-            if see:
-                see(np.ascontiguousarray(envs.envs.render()[0]))
-            actions, _ = agent.act(torch.from_numpy(envs.obs), generator)
-            *_, episodes = envs.step(actions.numpy())
-            for index, (episode_return, _) in zip(envs.ended, episodes, strict=True):
-                first.setdefault(int(index), float(episode_return))
-    return [first[index] for index in range(len(first))]
-
-
-def film(agent, make_envs, path):
-    """Film one episode to `path`, in a process of its own: MuJoCo ends the one in which it cannot render."""
-    import imageio_ffmpeg
-
-    leave_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # `evaluate` ends this process
-    try:
-        envs = make_envs(render_mode="rgb_array")
-        height, width, _ = envs.envs.render()[0].shape
-        writer = imageio_ffmpeg.write_frames(f"{path}.part.mp4", (width, height), fps=envs.fps, macro_block_size=2)
-        writer.send(None)
-        (episode_return,) = play(agent, envs, see=writer.send)
-        writer.close()
-        os.replace(f"{path}.part.mp4", path)
-        print(f"video of a deterministic episode, return {episode_return:.1f}: {path}")
-    except Exception as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
-def evaluate(args):
-    """Play `args.eval_episodes` whole episodes of the model `args.evaluate` with the most likely actions, and as many
-    with sampled ones; statistics are frozen. Prints and returns {"deterministic": returns, "sampled": returns}. Raises
-    UsageError; RunError, if episodes do not end."""
-    validate(args)
-    warnings.filterwarnings("ignore", message=".*precision lowered")
-    saved, weights = load_model(args.evaluate)
-    advice = f"the model has learnt {saved.env_id}: type that"
-    check(args, "env_id", same_task(args.env_id, saved.env_id), advice)
-    make_agent, make_envs = build(args)
-    agent = make_agent()
-    agent.load_state_dict(weights)
-    print(f"evaluating {args.evaluate} on {args.env_id}, {args.eval_episodes} episodes of each kind", flush=True)
-    seed = int(np.random.default_rng(args.seed).integers(2**31 - args.eval_episodes))  # other episodes than in training
-    results = {}
-    for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(seed))):
-        returns = results[name] = play(agent, make_envs(args.eval_episodes, seed), generator)
-        each = " ".join(f"{episode_return:.1f}" for episode_return in returns)
-        print(
-            f"evaluation, {name}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)}: {each}",
-            flush=True,
-        )
-    if args.capture_video:
-        name = os.path.join(args.evaluate, "checkpoint") if os.path.isdir(args.evaluate) else args.evaluate
-        path = f"{os.path.splitext(name)[0]}.mp4"
-        process = mp.get_context("spawn").Process(target=film, args=(agent, partial(make_envs, 1, seed), path))
-        print(f"filming one episode: {path}; where no GPU renders, a long one takes minutes", flush=True)
-        preloaded = os.environ.get("LD_PRELOAD", "")  # MuJoCo looks for libEGL by a name that envpool's copy has not
-        os.environ["LD_PRELOAD"] = f"{ctypes.util.find_library('EGL') or ''} {preloaded}"
-        process.start()
-        os.environ["LD_PRELOAD"] = preloaded
-        try:
-            process.join()
-        finally:
-            process.kill()
-            with contextlib.suppress(OSError):
-                os.remove(f"{path}.part.mp4")  # what there is of a film that was not finished
-        if process.exitcode:
-            needed = "; MuJoCo needs EGL, libegl1 and libgl1-mesa-dri" if args.env_id in envpool.list_all_envs() else ""
-            tell(f"no video: {args.env_id} cannot be rendered here{needed}")
-    return results
-
-
-def typed_flags():
-    """The flags of the command line; with --resume or --evaluate, the file's are the defaults. Raises UsageError."""
-    out, box = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(box):
-            args = tyro.cli(Args)
-            if args.resume:
-                connect(args)
-                args = tyro.cli(Args, default=replace(load_checkpoint(args.resume)[1]["args"], resume=args.resume))
-            elif args.evaluate:
-                args = tyro.cli(Args, default=replace(load_model(args.evaluate)[0], evaluate=args.evaluate))
-            return args
-    except SystemExit as end:
-        if end.code == 0:  # --help
-            print(helpful(out.getvalue()))
-            raise
-        text = box.getvalue().partition("\n")[2]  # without the title
-        text = re.sub(r"[\s│╰╯]*(─|-){4,}[\s│╰╯]*", "; ", text)  # rules between parts
-        raise UsageError(re.sub(r"[\s│]+", " ", text).strip(" ;")) from None
-
-
-def helpful(text):
-    """tyro's help, with the examples from the top of this file before it, and headings between the groups of flags."""
-    for name, heading in HEADINGS.items():
-        flag = f"\n  --{name.replace('_', '-')}"
-        text = text.replace(flag, f"\n\n {heading}{flag}", 1)
-    examples = "".join(re.findall("^    python .*\n", __doc__, re.MULTILINE))
-    return f"{__doc__.splitlines()[0]}\n\nExamples:\n{examples}\n{text}"
+            # LOG, against environment steps: means over all learners
+            batch_seconds = time.perf_counter() - batch_start
+            batch_start += batch_seconds
+            means |= {
+                "losses/explained_variance": 1 - (b_targets - values[:-1][valid]).var() / b_targets.var(),
+                "lag/versions_mean": version - 1 - np.mean(versions),
+                "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean(),
+                "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean(),
+                "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean(),
+                "lag/ess": b_learner_ratios.mean().square() / b_learner_ratios.square().mean(),
+                "stats/learner_wait": learner_wait / batch_seconds,
+                "stats/actor_wait": sum(wait_times) / sum(wait_times + act_times),
+                "stats/rollout_time": np.mean(act_times),
+                "stats/update_time": batch_seconds - learner_wait,
+                "stats/queue_size": len(actors.finished),
+            }
+            averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
+            scalars = dict(zip(means, averages.tolist(), strict=True))
+            scalars["lag/versions_max"] = max(gather(version - 1 - min(versions)))
+            scalars["stats/actor_restarts"] = sum(gather(actors.restarts))
+            scalars["charts/learning_rate"] = lr
+            scalars["charts/SPS"] = (global_step - first_step) / (batch_start - train_start)
+            ended = [episode for part in gather(episodes) for rollout in part for episode in rollout]
+            if ended:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(ended, axis=0)
+                last_returns.extend(float(episode_return) for episode_return, _ in ended)
+            if RANK == 0:
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, global_step)
+            if args.checkpoint_interval and version % args.checkpoint_interval == 0:
+                save()
+            mean_return = np.mean(last_returns) if last_returns else math.nan
+            if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
+                sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
+                print(
+                    f"{global_step} steps, {sps:.0f} SPS, return {mean_return:.1f}, lag {lag:.1f}, TV {tv:.3f}",
+                    flush=True,
+                )
+        save()
+    finally:
+        actors.stop()
+        if RANK == 0:
+            writer.close()
+    if global_step < args.total_timesteps:
+        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        sys.exit(stop_reasons[0])
+    if RANK == 0:
+        print(f"{args.env_id}, seed {args.seed}: return {mean_return:.1f} after {global_step} steps; logs in {folder}")
+        if args.save_model:
+            torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
+            print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return agent
 
 
 if __name__ == "__main__":
-    try:
-        flags = typed_flags()
-        if not flags.evaluate:
-            train(flags)
-        elif RANK == 0:
-            evaluate(flags)
-    except (UsageError, RunError, OSError) as error:
-        if LOCAL_RANK == 0 or not isinstance(error, UsageError):  # which all learners of a host have in common
-            tell(f"error: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:  # its flags are the defaults
+        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)["args"]
+        args = tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": args.resume}))
+    train(args)
