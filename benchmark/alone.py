@@ -7,8 +7,7 @@
 
 `learner` trains over and over on the rollouts of the first batch, which are there at once; `actors` collects batches
 with the first policy and throws them away; `envpool` steps the same environments with random actions, one process per
-core. Prints steps per second, without start-up and the first 3 batches, and for the first two how long the start of the
-actors took, after the imports.
+core. Prints steps per second, without start-up and the first 3 batches.
 """
 
 import importlib
@@ -42,11 +41,9 @@ def alone(script, part, seconds):
     class Alone(script.Actors):
         batches, begun = 0, None
 
-        def start(self, *arguments):
-            begun = time.perf_counter()
-            super().start(*arguments)
-            print(f"{self.args.num_actors} actors ready after {time.perf_counter() - begun:.1f} s")
-            print(f"{sum(parameter.numel() for parameter in arguments[0]().parameters())} parameters")
+        def __init__(self, args, slots_per_actor, version, target, make_agent, *arguments):
+            super().__init__(args, slots_per_actor, version, target, make_agent, *arguments)
+            print(f"{sum(parameter.numel() for parameter in make_agent().parameters())} parameters")
 
         def count(self):
             self.batches += 1
@@ -108,7 +105,7 @@ def main():
         print(f"envpool alone: {sum(speeds):.0f} steps/s")
         return
     if part not in ("learner", "actors"):
-        sys.exit(f"error: {part}: type learner, actors or envpool")
+        sys.exit(f"error: {part}: use learner, actors or envpool")
     script.Actors = alone(script, part, seconds)
     try:
         script.train(replace(args, exp_name=f"{part}_alone", total_timesteps=10**9))

@@ -1,4 +1,4 @@
-"""An environment of your own: `train` on it, and a loop of your own around `vtrace` and `tv_filter`. See README.md."""
+"""An environment of your own: `train` on it, and a loop of your own around `vtrace` and `tv_filter`."""
 
 import sys
 from copy import deepcopy

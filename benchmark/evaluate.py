@@ -54,14 +54,17 @@ def script_of(args, flags):
     sys.exit(f"error: {args.run}: no script has the flags of this run, give its script by --script")
 
 
-def build(script, flags):
-    """The agent of a run, untrained, and the function that makes its environments, of their number and seed."""
-    atari = hasattr(script, "atari_actions") and script.atari_actions(flags.env_id)
-    if atari:
+def build(script, flags, weights):
+    """The agent of a run, and the function that makes its environments, of their number and seed."""
+    if "actor_logstd" in weights:
+        agent = script.MlpAgent(*script.continuous_sizes(flags.env_id))
+        make_envs = partial(script.ContinuousEnvs, flags.env_id)
+    else:
+        agent = script.CnnAgent(script.atari_actions(flags.env_id), flags.bf16)
         names = ("episodic_life", "reward_clip", "repeat_action_probability")
-        options = {name: getattr(flags, name) for name in names}
-        return script.CnnAgent(atari, flags.bf16), partial(script.AtariEnvs, flags.env_id, **options)
-    return script.MlpAgent(*script.continuous_sizes(flags.env_id)), partial(script.ContinuousEnvs, flags.env_id)
+        make_envs = partial(script.AtariEnvs, flags.env_id, **{name: getattr(flags, name) for name in names})
+    agent.load_state_dict(weights)
+    return agent, make_envs
 
 
 def play(agent, envs, generator=None, on_frame=None):
@@ -94,8 +97,7 @@ def film(agent, envs, path):
 
 def evaluate_episodes(args, script, flags, weights):
     """Returns {"deterministic": [return of each episode], "sampled": ...}, printed, too."""
-    agent, make_envs = build(script, flags)
-    agent.load_state_dict(weights)
+    agent, make_envs = build(script, flags, weights)
     results = {}
     for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(args.seed))):
         returns = [play(agent, make_envs(1, args.seed + i), generator) for i in range(args.episodes)]

@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
 done
 # Runs of other lengths are no one study with those that are there
 if [ "$steps" != "$default" ] && [ "$results" = "$here/results" ]; then
-    echo "error: --steps $steps: the recorded runs have $default, type --out FOLDER for others" >&2
+    echo "error: --steps $steps: the recorded runs have $default, use --out FOLDER for others" >&2
     exit 2
 fi
 study=$(basename "$0" .sh)

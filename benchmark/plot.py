@@ -125,7 +125,7 @@ class Results:
         lags = sorted(args.lags or lags)
         self.lag = lags[0] if len(lags) == 1 else None
         if args.x and len(lags) > 1:
-            raise SystemExit(f"error: --x {args.x}: takes one lag at a time, type --lags {lags[-1]}")
+            raise SystemExit(f"error: --x {args.x}: takes one lag at a time, use --lags {lags[-1]}")
         self.x_name, _, default = (args.x or "lag").partition("=")
         self.cells = defaultdict(dict)
         for method, env_id, lag, seed in sorted(runs, key=lambda key: known.index(key[0]) if key[0] in known else -1):

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -78,9 +79,12 @@ class Args:
 
 def is_atari(env_id):
     sys.path.insert(0, str(REPOSITORY))
-    from ppo_async_baseline import atari_actions
+    from vaco_async_atari import atari_actions
 
-    return atari_actions(env_id) is not None
+    try:
+        return bool(atari_actions(env_id))
+    except ValueError:
+        return False
 
 
 def command_of(method, env_id, seed, lag, args):
@@ -135,9 +139,8 @@ def versions():
     return {"commit": commit, **packages, "cpu": processors[0] if processors else "unknown", "date": str(date.today())}
 
 
-def measure(folder, steps):
-    """The learning curve and the mean metrics of a run, from its TensorBoard files as far as they go."""
-    (run,) = Path(folder, "runs").iterdir()
+def measure(run, steps):
+    """The learning curve, the mean metrics and the speed of a run, from its TensorBoard files as far as they go."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
@@ -149,23 +152,23 @@ def measure(folder, steps):
         "grid": [steps * (i + 1) // STRETCHES for i in range(STRETCHES)],
         "returns": [round(float(np.mean(values)), 2) if values else None for values in stretches],
         "metrics": {tag: float(f"{np.mean([e.value for e in events.Scalars(tag)]):.5g}") for tag in metrics},
+        "sps": round(events.Scalars("charts/SPS")[-1].value) if "charts/SPS" in tags else None,
     }
 
 
 def outcome(returncode, output, folder, steps):
-    """What a run has shown. Raises RuntimeError, with reason and output, if it neither ended nor diverged."""
-    lines = output.splitlines() or [""]
-    if returncode != 0 and "not finite" in lines[-1]:  # its metrics, of numbers that explode, say nothing about the lag
-        result = {"return": None, "episodes": 0, "diverged": lines[-1][:300]}
-        return result | measure(folder, steps) | {"metrics": {}}
-    if returncode != 0:
+    """What a run has shown: it has ended if its exit code is 0, and diverged if it says "not finite". Raises
+    RuntimeError, with its output, otherwise."""
+    reason = next((line for line in output.splitlines() if line.startswith("not finite")), None)
+    if returncode and not reason:
         raise RuntimeError(f"exit code {returncode}\n{output}")
-    summary = re.findall(r"steps in ([\d.]+) s, (\d+) SPS, (?:return (\S+)|no return yet), mean of (\d+)", output)
-    if len(summary) != 1:
-        raise RuntimeError(f"no summary line\n{output}")
-    seconds, sps, final, episodes = summary[0]
-    result = {"return": float(final) if final else None, "episodes": int(episodes)}
-    return result | measure(folder, steps) | {"sps": int(sps), "seconds": float(seconds)}
+    (run,) = Path(folder, "runs").iterdir()
+    if returncode:  # the metrics of a run whose numbers explode say nothing about the lag
+        return {"return": None, "episodes": 0, "diverged": reason[:300]} | measure(run, steps) | {"metrics": {}}
+    checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    returns = checkpoint["last_returns"]
+    result = {"return": round(float(np.mean(returns)), 1) if returns else None, "episodes": len(returns)}
+    return result | measure(run, steps) | {"global_step": checkpoint["global_step"]}
 
 
 class Runner:
@@ -212,7 +215,7 @@ def check(args):
         print(f"error: --workers {args.workers}: must be a number from 1 on", file=sys.stderr)
         raise SystemExit(2)
     if args.lag_schedule == "async" and any(args.lags):
-        print("error: --lag-schedule async: has no lag to set, type --lags 0", file=sys.stderr)
+        print("error: --lag-schedule async: has no lag to set, use --lags 0", file=sys.stderr)
         raise SystemExit(2)
     for path in args.reuse:
         if not path.exists():
@@ -240,7 +243,7 @@ def main(args):
     for script in +changed:
         print(
             f"note: {changed[script]} recorded runs are of another state of {script}; they are kept. To repeat "
-            "them, delete their lines, or type another --out",
+            "them, delete their lines, or use another --out",
             file=sys.stderr,
         )
     if args.dry_run:

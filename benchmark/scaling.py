@@ -2,14 +2,15 @@
 
     python benchmark/scaling.py [script, vaco_async_mujoco if none is given] [any flag of it]
 
-Runs one learner without actors (alone.py), two that know nothing of each other, and two of torchrun, and measures an
-all-reduce of one number, which VACO's gate needs, and one of all gradients between two processes on this machine.
+Runs one learner without actors (alone.py), two that know nothing of each other, and two of torchrun, and measures two
+all-reduces between two processes on this machine: of one number and of all gradients.
 
-The table for more learners, one per host, is an estimate, not measured. A step of VACO has two all-reduces, of all
-gradients and of one number. A ring of n passes 2 (n - 1) messages on; each takes as long as one of one number here
-between two processes, plus the time of its bytes at 10 or 100 Gbit/s. The efficiency is the time of a gradient step
-over that with its messages: nothing overlaps, and nobody waits for the slowest, which makes it too high, as the row for
-2 shows beside what was measured; messages between hosts may be quicker than here, which would make it too low.
+The table for more learners, one per host, is an estimate, not measured. A gradient step has an all-reduce of all
+gradients, one of a number for VACO's gate, and two of a number for normalised advantages. A ring of n passes 2 (n - 1)
+messages on; each takes as long as one of one number here between two processes, plus the time of its bytes at 10 or 100
+Gbit/s. The efficiency is the time of a gradient step over that with its messages: nothing overlaps, and nobody waits
+for the slowest, which makes it too high, as the row for 2 shows beside what was measured; messages between hosts may be
+quicker than here, which would make it too low.
 """
 
 import importlib
@@ -70,12 +71,11 @@ def main():
     sys.path.insert(0, str(HERE.parent))
     script = importlib.import_module(flags[0])
     args = script.tyro.cli(script.Args, args=flags[1:])
-    script.validate(args)
     messages = [*torchrun, __file__, "messages", str(size)]
     output = subprocess.run(messages, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.findall(r"all-reduce \d+ (\S+) (\S+)", output)
     small, large = ([float(seconds) for seconds in times] for times in found)
-    small_messages = int(flags[0].startswith("vaco"))  # the gate's
+    small_messages = int(flags[0].startswith("vaco")) + 2 * getattr(args, "norm_adv", False)  # per gradient step
 
     steps = args.update_epochs * args.num_minibatches
     samples = args.rollouts_per_batch * args.num_steps * args.num_envs

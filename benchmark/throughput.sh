@@ -39,4 +39,3 @@ for script in $scripts; do
         echo "$script: $(python alone.py $part $script --seconds $seconds | tail -n 1)"
     done
 done
-python alone.py actors vaco_async_mujoco --seconds $((seconds / 4 + 1)) --num-actors 16 | sed -n 1p # head would break the pipe
