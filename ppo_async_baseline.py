@@ -905,13 +905,10 @@ def train(args):
                     writer.add_scalar(name, value, global_step)
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
-            mean_return = np.mean(last_returns) if last_returns else math.nan
             if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
-                print(
-                    f"{global_step} steps, {sps:.0f} SPS, return {mean_return:.1f}, lag {lag:.1f}, TV {tv:.3f}",
-                    flush=True,
-                )
+                recent = np.mean(last_returns or [math.nan])
+                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.1f}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
         save()
     finally:
         actors.stop()
@@ -921,7 +918,8 @@ def train(args):
         print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
-        print(f"{args.env_id}, seed {args.seed}: return {mean_return:.1f} after {global_step} steps; logs in {folder}")
+        recent = np.mean(last_returns or [math.nan])
+        print(f"{args.env_id}, seed {args.seed}: return {recent:.1f} after {global_step} steps; logs in {folder}")
         if args.save_model:
             torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
             print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
