@@ -7,19 +7,12 @@
 
 What differs from vaco_async_mujoco.py is the objective (`--objective`), and that Atari games are played too. Actors act
 with old versions of the policy (*policy lag*); advantages are GAE on the learner's critic, on data as old as it is.
+The picture at the top of vaco_async_mujoco.py shows how actors and learner work together here, too.
 
     python ppo_async_baseline.py                                                # PPO-clip, HalfCheetah-v4
     python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8  # PPO-KL, lag
     python ppo_async_baseline.py --env-id Pong-v5                               # Atari, with its own defaults
     python ppo_async_baseline.py --lag-schedule fixed --lag 0 --num-actors 1    # synchronous PPO
-
-  PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
-        | copy one version, once per rollout                                                                  |
-        v                                                                                                     |
-  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
-        | fill one slot: obs, actions, logprobs, rewards, terminated, truncated, valid                        ^
-        v                                                                                                     |
-  rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
 """
 
 import contextlib
