@@ -10,7 +10,6 @@ import json
 import multiprocessing as mp
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,16 +23,9 @@ def kill_an_actor():
     os.kill(next(child.pid for child in mp.active_children() if child.name == "actor 0"), signal.SIGKILL)
 
 
-def stop():
-    """For 20 s; torchrun would wait longer before it kills a learner that does not leave when told to."""
-    subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"], cwd="/", start_new_session=True)
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 DEEDS = {
     "kill an actor": kill_an_actor,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": stop,
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
 RANDPERM = torch.randperm
@@ -42,19 +34,24 @@ AT_FIRST, AT_LAST = "kill at first", "kill at last"  # before `train` and after 
 
 class AsByLearners:
     """Instead of torch.randperm, for one process with the data of two learners: minibatches that have the rows of both,
-    each learner's in order. `batch` gives the batch in hand; the second half of its columns is the second learner's."""
+    each learner's in order, as many of each. `valid` [T, N] gives the valid steps of the batch in hand; the second half
+    of its columns is the second learner's."""
 
-    def __init__(self, batch):
-        self.batch, self.passes = batch, 0
+    def __init__(self, valid):
+        self.valid, self.passes = valid, 0
 
     def __call__(self, rows, **options):
         if options:  # torch.compile's own patterns, which it traces at its first compilation in a process
             return RANDPERM(rows, **options)
         self.passes += 1
-        columns = self.batch().valid.shape[1]
-        second = (torch.arange(columns) >= columns // 2).expand(self.batch().valid.shape)
-        second = second[self.batch().valid] if rows > columns else second[0]  # IMPALA's minibatches are of columns
-        self.learners = [(second == learner).nonzero().squeeze(-1) for learner in (False, True)]
+        valid = self.valid()
+        second = (torch.arange(valid.shape[1]) >= valid.shape[1] // 2).expand(valid.shape)
+        second = second[valid] if rows > valid.shape[1] else second[0]  # IMPALA's minibatches are of columns
+        fewest = min(second.sum(), (~second).sum())
+        self.learners = [(second == learner).nonzero().squeeze(-1)[:fewest] for learner in (False, True)]
+        return self
+
+    def __getitem__(self, rows):
         return self
 
     def to(self, device):
@@ -68,7 +65,7 @@ class AsByLearners:
 
 def main():
     script, options, published = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2]), []
-    args = script.Args(**options["flags"] | options.get(f"flags of {script.RANK}", {}))
+    args = script.Args(**options["flags"])
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not first and script.RANK == 0:
         time.sleep(4)  # so that the other one comes first, and could find what those before have left
@@ -89,12 +86,8 @@ def main():
         torch.randperm = torch.arange
     try:
         script.train(args)
-    except (script.RunError, script.UsageError) as error:
-        script.tell(f"error: {error}")
-        sys.exit(1)
     finally:
         torch.save(published, f"learner{script.RANK}.pt")
-        torch.save(torch.get_rng_state(), f"rng{script.RANK}.pt")
     if deed == AT_LAST:
         DEEDS["kill"]()
 
