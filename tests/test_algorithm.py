@@ -1,12 +1,14 @@
 """The mathematics: V-trace, the filter and the loss, against computations written independently."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vaco_async_mujoco import tv_filter, vaco_loss, vtrace
+from vaco_async_mujoco import Args, tv_filter, vaco_minibatch, vtrace
 
 
 def make_columns(seed, steps=12, num_envs=4, done_rate=0.25):
@@ -209,13 +211,13 @@ def test_filter_sign_rule_by_finite_differences(with_anchor):
     behavior = torch.randn(200, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
     actions = torch.randint(5, (200, 1), generator=generator)
     advantages = torch.randn(200, generator=generator, dtype=torch.float64)
-    anchors = torch.rand(200, generator=generator, dtype=torch.float64) * 2 if with_anchor else None
+    anchors = torch.rand(200, generator=generator, dtype=torch.float64) * 2 if with_anchor else 1.0
 
     def ratio(parameters):
         return (parameters.log_softmax(-1) - behavior).gather(1, actions).squeeze(1).exp()
 
     def divergence(parameters):
-        return 0.5 * (ratio(parameters) - (1 if anchors is None else anchors)).abs()
+        return 0.5 * (ratio(parameters) - anchors).abs()
 
     logits.requires_grad_()
     gradient = torch.autograd.grad((ratio(logits) * advantages).sum(), logits)[0]
@@ -226,10 +228,29 @@ def test_filter_sign_rule_by_finite_differences(with_anchor):
     assert 20 < keep.sum() < 180
 
 
-def test_loss_divides_by_all_samples_and_gives_dropped_ones_no_gradient():
-    ratios = torch.tensor([1.2, 0.8, 1.5, 0.9], requires_grad=True)
-    advantages, keep = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([True, True, False, True])
-    loss = vaco_loss(ratios, advantages, keep)
-    assert loss.item() == pytest.approx(-(1.2 * 1.0 + 0.8 * -2.0 + 0.9 * 0.5) / 4)
+@pytest.mark.parametrize("filtering", [True, False])
+def test_loss_divides_by_all_samples_and_gives_dropped_ones_no_gradient(filtering):
+    ratios, advantages = torch.tensor([1.2, 0.8, 1.5, 0.9]), torch.tensor([-1.0, 2.0, 3.0, 0.5])
+    keep = torch.tensor([1.0, 1.0, 0.0 if filtering else 1.0, 1.0])
+    behavior_logprobs, values = torch.full((4,), -2.0), torch.tensor([0.0, 1.0, 2.0, 3.0], requires_grad=True)
+    logprobs = (behavior_logprobs + ratios.log()).requires_grad_()
+    agent = SimpleNamespace(evaluate=lambda obs, actions: (logprobs, torch.tensor(1.5), values))
+    args = Args(filter=filtering, tv_threshold=0.0, ent_coef=0.1, vf_coef=0.3)
+    loss, logs = vaco_minibatch(agent, args, advantages, None, None, behavior_logprobs, torch.ones(4), torch.ones(4))
+    policy_loss = -(keep * ratios * advantages).sum() / 4
+    assert logs["losses/policy_loss"] == pytest.approx(policy_loss.item())
+    assert logs["filter/dropped"] == 1 - keep.mean() and logs["filter/gate_open"] == 1
+    assert loss.item() == pytest.approx(policy_loss.item() - 0.1 * 1.5 + 0.3 * 0.5 * (1 + 0 + 1 + 4) / 4)
     loss.backward()
-    np.testing.assert_allclose(ratios.grad.numpy(), [-0.25, 0.5, 0.0, -0.125], rtol=1e-6)
+    torch.testing.assert_close(logprobs.grad, -keep * ratios * advantages / 4)
+    torch.testing.assert_close(values.grad, 0.3 * (values.detach() - 1) / 4)
+
+
+def test_the_filter_measures_from_the_policy_that_is_asked_for():
+    """The policy is that which acted, and far from the learner's."""
+    agent = SimpleNamespace(evaluate=lambda obs, actions: (torch.zeros(2), torch.tensor(0.0), torch.zeros(2)))
+    for anchor, expected in (("behavior", 0), ("learner", 1)):
+        args = Args(tv_anchor=anchor, tv_threshold=0.1)
+        ratios = torch.tensor([3.0, 3.0])  # of the learner's policy
+        _, logs = vaco_minibatch(agent, args, torch.ones(2), None, None, torch.zeros(2), ratios, torch.zeros(2))
+        assert logs["filter/gate_open"] == expected
