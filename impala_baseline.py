@@ -13,13 +13,7 @@ with the current policy and critic at every gradient step, on minibatches of who
     python impala_baseline.py --env-id Pong-v5                # Atari, with its own defaults
     python impala_baseline.py --update-epochs 20              # as many updates as PPO (Atari: 16)
 
-  PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
-        | copy one version, once per rollout                                                                  |
-        v                                                                                                     |
-  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
-        | fill one slot: obs, actions, logprobs, rewards, terminated, truncated, valid                        ^
-        v                                                                                                     |
-  rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
+How actors, policy versions and rollouts go together is drawn at the top of vaco_async_mujoco.py.
 """
 
 import contextlib
@@ -97,9 +91,7 @@ class Args:
     max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
 
-    # a task of envpool (MuJoCo, dm_control, ...), or any environment of gymnasium (yours: my_module:MyEnv-v0 imports
-    # my_module, which registers it), with a floating-point Box action space; or an Atari game of envpool (Pong-v5).
-    # Flags that are None follow the domain
+    # as in vaco_async_mujoco.py, or an Atari game of envpool (Pong-v5); flags that are None follow the domain
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int | None = None  # environment steps to train for, not counting skipped frames
     episodic_life: bool = True  # Atari: if toggled, a lost life ends an episode, but for the score
@@ -137,8 +129,7 @@ class Args:
                 setattr(self, name, defaults[atari])
         for name, value in vars(self).items():
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
-            if name == "num_steps":
-                lowest = 2  # a single one could be a dummy step in all of a minibatch
+            lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
             if isinstance(value, (int, float)) and value < lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
@@ -622,7 +613,7 @@ class Actors:
                 index = self.connections.index(connection)
                 try:
                     message = connection.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     self.replace(index)
                 else:
                     slot, *_ = self.pending[index].popleft()
@@ -772,7 +763,9 @@ def train(args):
         """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
         state = {"args": vars(args), "global_step": global_step, "version": version, "last_returns": list(last_returns)}
         state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
-        state["statistics"] = {n: {k: torch.as_tensor(v) for k, v in vars(s).items()} for n, s in statistics.items()}
+        state["statistics"] = {}
+        for name, moments in statistics.items():
+            state["statistics"][name] = {key: torch.from_numpy(np.asarray(value)) for key, value in vars(moments).items()}
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)
@@ -882,23 +875,22 @@ def train(args):
                     writer.add_scalar(name, value, global_step)
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
-            mean_return = np.mean(last_returns) if last_returns else math.nan
             if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
-                print(
-                    f"{global_step} steps, {sps:.0f} SPS, return {mean_return:.1f}, lag {lag:.1f}, TV {tv:.3f}",
-                    flush=True,
-                )
+                recent = np.mean(last_returns or [math.nan])
+                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.1f}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
         save()
     finally:
         actors.stop()
         if RANK == 0:
             writer.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
+            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
-        print(f"{args.env_id}, seed {args.seed}: return {mean_return:.1f} after {global_step} steps; logs in {folder}")
+        recent = np.mean(last_returns or [math.nan])
+        print(f"{args.env_id}, seed {args.seed}: return {recent:.1f} after {global_step} steps; logs in {folder}")
         if args.save_model:
             torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
             print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")

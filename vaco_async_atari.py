@@ -506,7 +506,7 @@ class Actors:
                 index = self.connections.index(connection)
                 try:
                     message = connection.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     self.replace(index)
                 else:
                     slot, *_ = self.pending[index].popleft()
@@ -757,7 +757,8 @@ def train(args):
         if RANK == 0:
             writer.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
+            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])

@@ -503,7 +503,7 @@ class Actors:
                 index = self.connections.index(connection)
                 try:
                     message = connection.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     self.replace(index)
                 else:
                     slot, *_ = self.pending[index].popleft()
@@ -629,7 +629,9 @@ def train(args):
         """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
         state = {"args": vars(args), "global_step": global_step, "version": version, "last_returns": list(last_returns)}
         state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
-        state["statistics"] = {n: {k: torch.as_tensor(v) for k, v in vars(s).items()} for n, s in statistics.items()}
+        state["statistics"] = {}
+        for name, moments in statistics.items():
+            state["statistics"][name] = {key: torch.from_numpy(np.asarray(value)) for key, value in vars(moments).items()}
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)
@@ -759,7 +761,8 @@ def train(args):
         if RANK == 0:
             writer.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
+            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])
