@@ -762,7 +762,7 @@ def train(args):
         state["kl_coef"] = kl_coef.item()
         state["statistics"] = {}
         for name, moments in statistics.items():
-            state["statistics"][name] = {key: torch.from_numpy(np.asarray(value)) for key, value in vars(moments).items()}
+            state["statistics"][name] = {key: torch.from_numpy(np.asarray(x)) for key, x in vars(moments).items()}
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)

@@ -631,7 +631,7 @@ def train(args):
         state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
         state["statistics"] = {}
         for name, moments in statistics.items():
-            state["statistics"][name] = {key: torch.from_numpy(np.asarray(value)) for key, value in vars(moments).items()}
+            state["statistics"][name] = {key: torch.from_numpy(np.asarray(x)) for key, x in vars(moments).items()}
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)
