@@ -302,7 +302,7 @@ def test_signals_save_and_leave(name, number, pipe):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits that it ignores Ctrl-C
     with subprocess.Popen(command, **pipes, preexec_fn=heed) as program:
-        while "steps, " not in (line := program.stdout.readline()):
+        while "SPS" not in (line := program.stdout.readline()):
             assert line, program.communicate()[1]
         time.sleep(1)
         begun = time.monotonic()
