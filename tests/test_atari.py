@@ -38,7 +38,8 @@ def at_collection(monkeypatch, script, deed):
 
     def collect_and_do(self, batch):
         collected = collect(self, batch)
-        deed(self.arguments[-1], [slot for slot, *_ in collected])
+        if collected:  # not if the run must end
+            deed(self.arguments[-1], [slot for slot, *_ in collected])
         return collected
 
     monkeypatch.setattr(script.Actors, "collect", collect_and_do)
