@@ -7,13 +7,12 @@
 
 "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner Architectures", arXiv 1802.01561. V-trace
 with the current policy and critic at every gradient step, on minibatches of whole sequences; one pass over the data.
+The picture at the top of vaco_async_mujoco.py shows how actors and learner work together here, too.
 
     python impala_baseline.py                                 # HalfCheetah-v4, free running
     python impala_baseline.py --lag-schedule mixture --lag 8  # by one of the last 9 versions, reproducible
     python impala_baseline.py --env-id Pong-v5                # Atari, with its own defaults
     python impala_baseline.py --update-epochs 20              # as many updates as PPO (Atari: 16)
-
-How actors, policy versions and rollouts go together is drawn at the top of vaco_async_mujoco.py.
 """
 
 import contextlib
