@@ -610,8 +610,8 @@ def test_throughput_measures_a_program_and_shows_what_failed():
     assert works.pss[0] > 0.1 and all(0 <= wait <= 1 for wait in works.waits[0])
     name, speed, *_, learner_waits, actors_wait = throughput.table([works]).splitlines()[-1].strip("| ").split(" | ")
     assert (name, speed) == ("a program", f"{works.speeds[0]:.0f}") and learner_waits[-1] == actors_wait[-1] == "%"
-    fails = throughput.Program("wrong flag", "../vaco_async_mujoco.py --gamma 2", 640, 31.25)
-    with pytest.raises(RuntimeError, match=r"wrong flag: exit code 2\n.*--gamma 2"):
+    fails = throughput.Program("wrong flag", "../vaco_async_mujoco.py --num-envs 0", 640, 31.25)
+    with pytest.raises(RuntimeError, match=r"(?s)wrong flag: exit code 2\n.*--num-envs 0: must"):
         throughput.run(fails, throughput.Args())
     short = throughput.Program("short", f"../vaco_async_mujoco.py {flags}", 64, 31.25)
     with pytest.raises(RuntimeError, match=r"short logged [12] times"):
