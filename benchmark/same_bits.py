@@ -17,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def numbers_of(repository, command):
 def main(args):
     commands = [command for command in RUNS if args.only in command]
     with ThreadPoolExecutor(args.workers) as pool:
-        results = dict(zip(commands, pool.map(lambda command: numbers_of(args.repository, command), commands)))
+        results = dict(zip(commands, pool.map(partial(numbers_of, args.repository), commands), strict=True))
     args.out.write_text(json.dumps(results))
     if args.compare is None:
         return
@@ -93,7 +94,10 @@ def main(args):
         for tag in sorted(before[command].keys() | after.keys()):
             old, new = before[command].get(tag, []), after.get(tag, [])
             if repr(old) != repr(new):  # by their text, since NaN is not equal to itself
-                at = next((i for i, pair in enumerate(zip(old, new)) if repr(pair[0]) != repr(pair[1])), "length")
+                at = next(
+                    (i for i, pair in enumerate(zip(old, new, strict=False)) if repr(pair[0]) != repr(pair[1])),
+                    "length",
+                )
                 lines.append(f"    {tag}, batch {at}")
         print("\n".join([f"{'differs' if lines else 'equal'}: {command}", *lines]))
         differences += bool(lines)
