@@ -402,7 +402,7 @@ def impala_minibatch(agent, args, obs, actions, behavior_logprobs, rewards, term
     entropy_loss = entropies.expand_as(newvalues)[valid].mean()
     loss = policy_loss - args.ent_coef * entropy_loss + args.vf_coef * value_loss
     if args.sum_loss:
-        loss = loss * valid.sum()
+        loss = loss * valid.sum() * WORLD_SIZE  # gradients are averaged over learners: of all of them the sum
     with torch.no_grad():
         logs = {
             "losses/policy_loss": policy_loss.detach(),
