@@ -283,6 +283,8 @@ def publish_for_ever(store):
 
 
 def test_publication_is_atomic_under_contention():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other, on cores that the writer has
     agent = Constant()
     store = PolicyStore(agent, num_versions=2)
     store.publish(agent, 0)
@@ -292,14 +294,14 @@ def test_publication_is_atomic_under_contention():
         while store.latest.item() < 2:
             assert writer.is_alive()
         seen = set()
-        for _ in range(300):
+        while len(seen) < 100:
             version = store.load(agent, LATEST)
             seen.add(version)
             assert (agent.first == version).all() and (agent.second == version).all()
-        assert len(seen) > 20
     finally:
         writer.kill()
         writer.join()
+        torch.set_num_threads(threads)
 
 
 def test_tickets_are_the_schedules_definition(monkeypatch):
