@@ -226,7 +226,7 @@ def continuous_sizes(env_id):
     """(observation size, action size) of a task. Raises ValueError if it cannot be made, or has discrete actions."""
     try:
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, RuntimeError) as error:
         raise ValueError(f"--env-id {env_id}: not a task of envpool, and gymnasium says: {error}") from None
     space = envs.envs.single_action_space
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
