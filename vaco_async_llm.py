@@ -149,7 +149,7 @@ class Args:
         if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
             raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
         if self.task != "gsm8k":
-            make_problems(self.task, self.task_config, self.seed)
+            make_problems(self.task, self.task_config, self.seed % 1024 * NUM_PROBLEMS)
 
 
 @cache
@@ -244,21 +244,13 @@ def as_number(text):
     return Decimal(last_number(text) or "NaN")
 
 
-class TimeIsUp(BaseException):
-    """In no `except Exception` of a verifier's."""
-
-
 def verify_in_time(verify, answer, entry, seconds=5):
     """What a verifier gives an answer: 0 if it fails, or takes more CPU time, so the machine's load changes nothing."""
-
-    def stop(*_):
-        raise TimeIsUp
-
-    signal.signal(signal.SIGVTALRM, stop)
+    signal.signal(signal.SIGVTALRM, lambda *_: sys.exit())  # passes every `except Exception` of a verifier
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again, if it is caught in spite of all
         return float(verify(answer, entry))
-    except (Exception, TimeIsUp):  # not every verifier takes whatever a model may say
+    except (Exception, SystemExit):  # not every verifier takes whatever a model may say
         return 0.0
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -395,10 +387,10 @@ def load_language_model(args, problems):
 def warm_start(args, agent, problems):
     """Train the tiny model on solved problems, so that reinforcement has something to improve, and stop early. The
     result is kept in runs/warm_starts, for runs with the same seed and task."""
-    settings = (args.seed, args.task, args.task_config, args.system_prompt, args.warm_start_batches)
-    settings += (args.warm_start_accuracy, agent.model.config.to_dict(), agent.tokenizer.chat_template)
-    settings += (torch.__version__, transformers.__version__, reasoning_gym.__version__)
-    path = f"runs/warm_starts/{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pt"
+    key = [args.seed, args.task, args.task_config, args.system_prompt, args.warm_start_batches]
+    key += [args.warm_start_accuracy, agent.model.config.to_dict()]
+    key += [module.__version__ for module in (torch, transformers, reasoning_gym)]
+    path = f"runs/warm_starts/{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
     if os.path.exists(path):
         agent.load_state_dict(torch.load(path, weights_only=True))
         print(f"warm start: {path}", flush=True)
@@ -410,9 +402,9 @@ def warm_start(args, agent, problems):
         first = NUM_PROBLEMS // 2 + batch * 128  # reinforcement takes them from 0 on
         entries = [problems.find(number) for number in range(first, first + 128)]
         prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
-        ends = [entry["answer"] + agent.tokenizer.eos_token for entry in entries]
+        texts = [entry["answer"] + agent.tokenizer.eos_token for entry in entries]
         settings = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
-        answers = agent.tokenizer(ends, **settings)
+        answers = agent.tokenizer(texts, **settings)
         if answers.input_ids.shape[1] > args.max_new_tokens:
             sys.exit(f"--max-new-tokens {args.max_new_tokens}: an answer has {answers.input_ids.shape[1]}")
         ids = torch.cat([prompts, answers.input_ids], 1)
@@ -563,8 +555,8 @@ class PolicyStore(nn.Module):
 
 def generator(args, index, attempt, make_agent, make_problems, store, completions, learner):
     """An actor process. Takes tickets (slot, version, number) from the connection `learner`, loads that version of the
-    model, fills that slot, and sends (slot, version, seconds waited, seconds taken). It is the same whatever `index`
-    and `attempt` are: what is in a rollout depends on its version and number alone."""
+    model, fills that slot, and sends (slot, version, seconds waited, seconds taken). What is in a rollout depends on
+    its version and number alone, not on `index` and `attempt`."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
         signal.signal(number, signal.SIG_IGN)
     # Leave with the learner, however it ends, also from the middle of a rollout
@@ -586,8 +578,7 @@ def generator(args, index, attempt, make_agent, make_problems, store, completion
 
 
 def generate_rollout(args, agent, problems, number, out):
-    """Fill one slot, {name: tensor}: generate and score completions. Problems and noise depend on seed and the
-    rollout's number alone."""
+    """Fill one slot, {name: tensor}: generate and score completions, as seed and the rollout's number say alone."""
     torch.manual_seed(int(np.random.default_rng((args.seed, number, 1)).integers(2**63)))
     first = number * args.prompts_per_rollout
     entries = [problems.find(first + i, agent.fits) for i in range(args.prompts_per_rollout)]
@@ -774,7 +765,11 @@ def train(args):
     """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
     SystemExit if the run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
-    folder = args.resume or f"runs/{args.task}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = f"runs/{args.task}__{args.exp_name}__{args.seed}"
+    begun = int(time.time())
+    while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
+        begun += 1
+    folder = args.resume or f"{name}__{begun}"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
