@@ -578,7 +578,11 @@ def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
-    folder = args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace(":", "-")
+    name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}".replace(":", "-")
+    begun = int(time.time())
+    while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
+        begun += 1
+    folder = args.resume or f"{name}__{begun}"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
