@@ -384,3 +384,11 @@ def test_it_learns_to_balance_the_pendulum():
     returns = read_curves(".")["charts/episodic_return"]
     assert returns[0] < 30
     assert np.mean(returns[-5:]) > 300
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch):
+    """The second would take the first one's checkpoint for its own, and end at once."""
+    monkeypatch.setattr(vaco_async_mujoco.time, "time", lambda: 1e9)
+    first, second = (state_of(train(replace(SMALL, lag_schedule="fixed", learning_rate=lr))) for lr in (3e-4, 1e-3))
+    assert len(list(Path("runs").iterdir())) == 2
+    assert not torch.equal(first["actor_mean.0.weight"], second["actor_mean.0.weight"])
