@@ -683,7 +683,7 @@ def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
 
 
 def test_a_run_is_tracked_offline(warm_model, tracked):
-    train(replace(SMALL, model=warm_model, total_batches=1, track=True))
+    train(replace(SMALL, model=warm_model, total_batches=2, track=True))
     tracked(b"lag/tv_total", b"charts/reward")
 
 
