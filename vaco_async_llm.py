@@ -773,6 +773,7 @@ def train(args):
     if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
+    os.makedirs(folder, exist_ok=True)  # at once: after the warm start another run could have taken it
     if args.track and RANK == 0:
         import wandb
 

@@ -1,6 +1,7 @@
 """The language-model script: tokens, masks, groups, filter, verifier, whole runs, and wrong input."""
 
 import contextlib
+import importlib
 import inspect
 import json
 import math
@@ -664,9 +665,9 @@ def test_groups_without_variance_give_no_gradient(warm_model, monkeypatch):
     assert curves["filter/groups_without_variance"] == [1, 1]
 
 
-def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
-    agent = train(replace(SMALL, warm_start_batches=2, total_batches=1, save_model=True))
-    _, run = read_run()
+def test_the_default_model_runs_and_what_it_saves_loads_and_answers(monkeypatch):
+    agent = train(replace(SMALL, warm_start_batches=80, total_batches=1, save_model=True))
+    curves, run = read_run()
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     problems = Problems(SMALL)
@@ -680,6 +681,12 @@ def test_the_default_model_runs_and_what_it_saves_loads_and_answers():
     tokens, _, mask = agent.generate(*agent.encode([problems.test[0]["question"]]), sample=False)
     assert tokenizer.decode(ids, skip_special_tokens=True) == agent.decode(tokens, mask)[0]
     assert os.listdir("runs/warm_starts")
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
+    evaluate = importlib.import_module("evaluate")
+    shares = evaluate.evaluate(evaluate.Args(run))
+    assert shares["greedy"] == pytest.approx(curves["charts/accuracy"][-1])
+    shutil.rmtree(run / "model")  # without it, the tiny model is made anew
+    assert evaluate.evaluate(evaluate.Args(run))["greedy"] == shares["greedy"]
 
 
 def test_a_run_is_tracked_offline(warm_model, tracked):
