@@ -542,7 +542,8 @@ class Actors:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard"])
+        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -695,6 +696,7 @@ def train(args):
     if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
+    os.makedirs(folder, exist_ok=True)
     if args.track and RANK == 0:
         import wandb
 
