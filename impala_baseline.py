@@ -15,6 +15,7 @@ The picture at the top of vaco_async_mujoco.py shows how actors and learner work
     python impala_baseline.py --update-epochs 20              # as many updates as PPO (Atari: 16)
 """
 
+import argparse
 import contextlib
 import ctypes
 import math
@@ -90,7 +91,7 @@ class Args:
     max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
 
-    # as in vaco_async_mujoco.py, or an Atari game of envpool (Pong-v5); flags that are None follow the domain
+    # a continuous task of envpool or gymnasium (yours: my_module:MyEnv-v0), or an Atari game of envpool (Pong-v5, ...)
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int | None = None  # environment steps to train for, not counting skipped frames
     episodic_life: bool = True  # Atari: if toggled, a lost life ends an episode, but for the score
@@ -563,8 +564,9 @@ class Actors:
         process.start()
         theirs.close()  # so that the pipe ends with the actor
         self.processes[index] = process
-        for pending in self.pending[index]:
-            self.connections[index].send(pending)
+        with contextlib.suppress(ConnectionError):  # if this one has died, too
+            for pending in self.pending[index]:
+                self.connections[index].send(pending)
 
     def replace(self, index):
         """Say how an actor has died and start its successor, or let the run end."""
@@ -607,9 +609,8 @@ class Actors:
             rollouts = range(batch * size, (batch + 1) * size)
             if self.args.lag_schedule == "async" and len(self.finished) >= size:
                 rollouts = list(self.finished)[:size]
-            if all(rollout in self.finished for rollout in rollouts):
-                return [self.finished.pop(rollout) for rollout in rollouts]
-            for connection in wait(self.connections, timeout=0.5):
+            complete = all(rollout in self.finished for rollout in rollouts)
+            for connection in wait(self.connections, timeout=0 if complete else 0.5):
                 index = self.connections.index(connection)
                 try:
                     message = connection.recv()
@@ -618,6 +619,8 @@ class Actors:
                 else:
                     slot, *_ = self.pending[index].popleft()
                     self.finished[self.rollout_in[slot]] = message
+            if complete:
+                return [self.finished.pop(rollout) for rollout in rollouts]
         return []
 
     def stop(self):
@@ -661,8 +664,9 @@ def average_gradients(agent):
     """Replace the gradients by their mean over all learners: one flat all-reduce."""
     if WORLD_SIZE > 1:
         gradients = [parameter.grad for parameter in agent.parameters()]
-        vector = average(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(vector, gradients)
+        vector = average(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def update_statistics(statistics, samples):
@@ -691,14 +695,15 @@ def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
-    name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}".replace(":", "-")
+    env_id = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"runs/{env_id}__{args.exp_name}__{args.seed}"
     begun = int(time.time())
     while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
         begun += 1
-    folder = args.resume or f"{name}__{begun}"
+    folder = os.path.normpath(args.resume) if args.resume else f"{name}__{begun}"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set("folder", "", folder).decode()
+        folder = torchrun_store.compare_set(name, "", folder).decode()
     os.makedirs(folder, exist_ok=True)
     if args.track and RANK == 0:
         import wandb
@@ -739,7 +744,9 @@ def train(args):
     for name in ("terminated", "truncated", "valid"):
         rollouts[name] = torch.zeros(S, T, C, dtype=torch.bool).share_memory_()
     running_returns = np.zeros((args.num_actors, C))  # discounted, as `statistics["returns"]` are
-    agent = make_agent().to(device)
+    agent = make_agent()
+    agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
+    agent.to(device)
     if atari:  # torch adds eps to the root, TensorFlow under it; the published value is kept, as in torchbeast
         optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=0.01)
     else:
@@ -752,8 +759,10 @@ def train(args):
     last_returns = deque(maxlen=100)
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if os.path.exists(checkpoint) else None
-    saved = gather(saved)[0]  # the first learner's
+    saved = None
+    if RANK == 0 and os.path.exists(checkpoint):
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = gather(saved)[0]
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved[name])
@@ -905,8 +914,10 @@ def train(args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume:  # its flags are the defaults
-        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)["args"]
-        args = tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": args.resume}))
-    train(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    checkpoint = f"{parser.parse_known_args()[0].resume}/checkpoint.pt"
+    saved = {}  # the flags of the run to go on with are the defaults
+    if os.path.exists(checkpoint):
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
+    train(tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": ""})))

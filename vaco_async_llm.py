@@ -25,6 +25,7 @@ better here than the one that generated (beta), the other scripts' default.
   completions: preallocated slots in shared memory  --- slot numbers, through pipes -------------+
 """
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -653,8 +654,9 @@ class Actors:
         process.start()
         theirs.close()  # so that the pipe ends with the actor
         self.processes[index] = process
-        for pending in self.pending[index]:
-            self.connections[index].send(pending)
+        with contextlib.suppress(ConnectionError):  # if this one has died, too
+            for pending in self.pending[index]:
+                self.connections[index].send(pending)
 
     def replace(self, index):
         """Say how an actor has died and start its successor, or let the run end."""
@@ -697,9 +699,8 @@ class Actors:
             rollouts = range(batch * size, (batch + 1) * size)
             if self.args.lag_schedule == "async" and len(self.finished) >= size:
                 rollouts = list(self.finished)[:size]
-            if all(rollout in self.finished for rollout in rollouts):
-                return [self.finished.pop(rollout) for rollout in rollouts]
-            for connection in wait(self.connections, timeout=0.5):
+            complete = all(rollout in self.finished for rollout in rollouts)
+            for connection in wait(self.connections, timeout=0 if complete else 0.5):
                 index = self.connections.index(connection)
                 try:
                     message = connection.recv()
@@ -708,6 +709,8 @@ class Actors:
                 else:
                     slot, *_ = self.pending[index].popleft()
                     self.finished[self.rollout_in[slot]] = message
+            if complete:
+                return [self.finished.pop(rollout) for rollout in rollouts]
         return []
 
     def stop(self):
@@ -751,8 +754,9 @@ def average_gradients(agent):
     """Replace the gradients by their mean over all learners: one flat all-reduce."""
     if WORLD_SIZE > 1:
         gradients = [parameter.grad for parameter in agent.parameters()]
-        vector = average(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(vector, gradients)
+        vector = average(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def check_finite(place, numbers):
@@ -770,10 +774,10 @@ def train(args):
     begun = int(time.time())
     while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
         begun += 1
-    folder = args.resume or f"{name}__{begun}"
+    folder = os.path.normpath(args.resume) if args.resume else f"{name}__{begun}"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set("folder", "", folder).decode()
+        folder = torchrun_store.compare_set(name, "", folder).decode()
     os.makedirs(folder, exist_ok=True)
     if args.track and RANK == 0:
         import wandb
@@ -792,7 +796,7 @@ def train(args):
     agent.model.load_state_dict(model.state_dict())
     del model
     if args.model == "tiny":
-        if RANK == 0:
+        if RANK == 0 and (args.kl_coef or not args.resume):  # a run that goes on has its own weights
             warm_start(args, agent, problems)
         agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's
     agent.to(device)
@@ -817,8 +821,10 @@ def train(args):
     accuracies = []  # before training, and at each evaluation
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if os.path.exists(checkpoint) else None
-    saved = gather(saved)[0]  # the first learner's
+    saved = None
+    if RANK == 0 and os.path.exists(checkpoint):
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = gather(saved)[0]
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved[name])
@@ -951,7 +957,8 @@ def train(args):
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
             if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
-                names = ("charts/tokens_per_second", "charts/reward", "lag/versions_mean", "lag/tv_total")
+                measured = "lag/tv_forward" if args.tv_anchor == "learner" else "lag/tv_total"
+                names = ("charts/tokens_per_second", "charts/reward", "lag/versions_mean", measured)
                 speed, reward, lag, tv = (scalars[name] for name in names)
                 line = f"batch {version}, {speed:.0f} tokens/s, accuracy {accuracies[-1]:.1%}, reward {reward:.3f}"
                 print(f"{line}, lag {lag:.1f}, TV {tv:.4f}", flush=True)
@@ -978,8 +985,10 @@ def train(args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume:  # its flags are the defaults
-        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)["args"]
-        args = tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": args.resume}))
-    train(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    checkpoint = f"{parser.parse_known_args()[0].resume}/checkpoint.pt"
+    saved = {}  # the flags of the run to go on with are the defaults
+    if os.path.exists(checkpoint):
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
+    train(tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": ""})))

@@ -92,11 +92,12 @@ def test_a_run_of_every_script_is_evaluated_whatever_its_name(script, capsys):
     assert f"sampled: return {np.mean(results['sampled']):.1f} +- {np.std(results['sampled']):.1f} of 2: " in printed
 
 
-def test_whole_games_are_evaluated_in_raw_score():
+@pytest.mark.parametrize("script", ["vaco_async_atari", "ppo_async_baseline"])
+def test_whole_games_are_evaluated_in_raw_score(script):
     """A game of MsPacman has several lives, and points of 10 and more; the policy is an untrained one."""
-    module = importlib.import_module("vaco_async_atari")
-    args = module.Args(env_id="MsPacman-v5")
-    agent = module.CnnAgent(module.atari_actions(args.env_id))
+    module = importlib.import_module(script)
+    args = module.Args(env_id="MsPacman-v5", exp_name=script)
+    agent = module.CnnAgent(9)
     torch.save({"args": vars(args), "agent": agent.state_dict(), "global_step": 0}, "checkpoint.pt")
     results = evaluate.evaluate(evaluate.Args(Path(), episodes=1))
     assert all(score >= 60 and score % 10 == 0 for scores in results.values() for score in scores)

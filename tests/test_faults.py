@@ -394,3 +394,16 @@ def test_results_that_are_not_finite_are_named_and_neither_published_nor_saved(n
     state = saved_in_the_run()
     assert state["version"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
     assert not mp.active_children()
+
+
+def test_the_flags_of_a_run_are_the_defaults_when_it_goes_on():
+    """The lag given anew is judged beside the run's lag schedule, not beside the script's default."""
+    train(replace(SMALL, total_timesteps=500))
+    (run,) = Path("runs").iterdir()
+    flags = ["--resume", f"{run}/", "--lag", str(SMALL.lag), "--total-timesteps", "1000"]
+    program = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
+    finished = subprocess.run(program, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] >= 1000
+    assert saved["args"] == vars(SMALL) | {"total_timesteps": 1000, "resume": f"{run}/"}
