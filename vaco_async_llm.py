@@ -988,7 +988,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
     checkpoint = f"{parser.parse_known_args()[0].resume}/checkpoint.pt"
-    saved = {}  # the flags of the run to go on with are the defaults
-    if os.path.exists(checkpoint):
+    options = {}
+    if os.path.exists(checkpoint):  # the flags of the run to go on with are the defaults
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
-    train(tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": ""})))
+        options["default"] = Args(**saved | {"resume": ""})
+    train(tyro.cli(Args, description=__doc__, **options))

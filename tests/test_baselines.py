@@ -1,15 +1,19 @@
 """The baselines' losses by hand, with their gradients; what they have in common with VACO; both domains end to end."""
 
+import importlib
 import multiprocessing as mp
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_curves
+from conftest import REPOSITORY, read_curves
 from test_algorithm import gae_by_episode, make_columns, vtrace_by_definition
 
 import impala_baseline
@@ -385,3 +389,14 @@ def test_impala_learns_to_balance_the_pendulum():
     impala_baseline.train(args)
     returns = read_curves(".")["charts/episodic_return"]
     assert returns[0] < 30 and np.mean(returns[-5:]) > 100
+
+
+@pytest.mark.parametrize("script", ["ppo_async_baseline", "impala_baseline"])
+def test_the_program_takes_the_defaults_of_the_domain(script):
+    flags = "--env-id Pong-v5 --num-actors 1 --num-envs 2 --num-steps 8 --rollouts-per-batch 2 --total-timesteps 1"
+    subprocess.run([sys.executable, REPOSITORY / f"{script}.py", *flags.split()], check=True)
+    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
+    trained = torch.load(checkpoint, weights_only=True)["args"]
+    expected = importlib.import_module(script).Args(env_id="Pong-v5", num_envs=2, num_steps=8, rollouts_per_batch=2)
+    assert trained["learning_rate"] == expected.learning_rate < 1e-3
+    assert trained["num_minibatches"] == expected.num_minibatches <= 4
