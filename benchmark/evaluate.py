@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import envpool
 import numpy as np
 import torch
 import tyro
@@ -61,7 +60,7 @@ def build(script, flags, weights):
         agent = script.MlpAgent(*script.continuous_sizes(flags.env_id))
         make_envs = partial(script.ContinuousEnvs, flags.env_id)
     else:
-        agent = script.CnnAgent(int(envpool.make_spec(flags.env_id).action_space.n), flags.bf16)
+        agent = script.CnnAgent(int(script.envpool.make_spec(flags.env_id).action_space.n), flags.bf16)
         names = ("episodic_life", "reward_clip", "repeat_action_probability")
         make_envs = partial(script.AtariEnvs, flags.env_id, **{name: getattr(flags, name) for name in names})
     agent.load_state_dict(weights)

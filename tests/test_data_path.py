@@ -368,7 +368,9 @@ def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch, m
 
     def wait(connections, timeout):
         ready = [connection for connection in connections if connection.tickets]
-        assert ready  # else the learner would wait for ever
+        assert ready or timeout == 0  # else the learner would wait for ever
+        if not ready:
+            return []
         return rng.choice(ready, size=rng.integers(1, len(ready) + 1), replace=False)
 
     monkeypatch.setattr(Actors, "launch", launch)
