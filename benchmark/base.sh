@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# A stronger base for all methods: the same networks, critic and data, other initial noise, action scale, critic and rate.
+#   bash benchmark/base.sh [--seeds 5] [--steps 1000000] [--workers 2] [--out FOLDER] [--smoke]
+#
+# Question: which base is strongest without lag, for PPO-clip and VACO alike? One actor with 16 environments of 128 steps,
+# lockstep, lag 0. Written down before the first run:
+# - Screening, 300k steps, seeds 1 and 2, five tasks. The score of a run is its return over the last 100 episodes, 0 being
+#   the policy before training and 1 the mean of PPO-clip on the base of today. The base with the highest mean score over
+#   tasks and both methods is chosen; a simpler one wins if it is within 0.05. From simple to complex: today, (1) the
+#   standard deviation at the start, (2) actions scaled to their bounds, 1 + 2, 1 + 2 + a constant learning rate,
+#   1 + 2 + value targets anew in every epoch, 1 + 2 + a pass of the critic alone before advantages are computed.
+# - Confirmation, 1M steps, seeds 3 to 7: the chosen base and today's. It is kept if its mean score there is higher.
+# Tasks with bounds of -1 and 1 (all but Humanoid) are the same with (2) and without it, so they run once.
+seeds=5 steps=1000000
+source "$(dirname "$0")/options.sh"
+envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4"
+[ $smoke ] && envs="Humanoid-v4"
+std="--log-std-init -0.5" scaled="--scale-actions"
+common=(--lag-schedule fixed --flags="--num-actors 1 --num-envs 16 --num-steps 128")
+methods() { for flags in "$@"; do printf '%s\n' "VACO${flags:+ }$flags" "PPO-clip${flags:+ }$flags"; done; }
+screen() { run "${common[@]}" --out "$results/base_screening.jsonl" --seeds 1 2 --steps $((steps * 3 / 10)) "$@"; }
+screen --env-ids $envs --methods "untrained" --seeds 1
+mapfile -t candidates < <(methods "" "$std" "$std $scaled --no-anneal-lr" "$std $scaled --critic-work targets" \
+    "$std $scaled --critic-work first")
+screen --env-ids $envs --methods "${candidates[@]}"
+mapfile -t scaling < <(methods "$scaled" "$std $scaled")
+screen --env-ids Humanoid-v4 --methods "${scaling[@]}"
