@@ -15,17 +15,16 @@ The picture at the top of vaco_async_mujoco.py shows how actors and learner work
     python impala_baseline.py --update-epochs 20              # as many updates as PPO (Atari: 16)
 """
 
-import argparse
 import contextlib
 import ctypes
 import math
 import multiprocessing as mp
 import os
+import random
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,11 +43,10 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from torch.utils.tensorboard import SummaryWriter
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
-# Set by torchrun: which of several learners this is, of all and on this host, and how many there are
+# Set by torchrun: which of several learners this is, and how many there are
 RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-CHARTS = {  # stand side by side under "Custom scalars" in TensorBoard
+CHARTS = {  # under "Custom scalars" in TensorBoard
     "return": ["charts/episodic_return"],
     "lag in versions": ["lag/versions_mean", "lag/versions_max"],
     "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
@@ -81,9 +79,7 @@ class Args:
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
     learner_threads: int = 1  # CPU threads of the learner; the MLPs do not gain from more, the CNN does
-    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
-    wandb_project_name: str = "vaco"  # the project there
-    wandb_entity: str | None = None  # the user or team there; None: your default
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
@@ -151,19 +147,24 @@ class ContinuousEnvs:
     next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one.
     """
 
-    def __init__(self, env_id, num_envs, seed, **options):
+    def __init__(self, env_id, num_envs, seed, gamma=1.0, **options):
+        self.gamma = gamma
         self.valid = np.ones(num_envs, dtype=bool)
+        self.discounted = np.zeros(num_envs)  # return of each episode so far: its deviation is the scale of rewards
         self.totals = np.zeros((num_envs, 2))  # return and length of each episode so far
         if env_id in envpool.list_all_envs():
             self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
-            obs, info = self.envs.reset()
-            # An envpool built for another numpy returned the values of one environment for all of them
-            assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
+            obs, _ = self.envs.reset()
         else:
-            warnings.filterwarnings("ignore", message=".*precision lowered")  # of float64 bounds of float32 spaces
             self.envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
             obs, _ = self.envs.reset(seed=seed)
         self.obs = self.flatten(obs)
+        self.space = self.envs.single_action_space
+        if not isinstance(self.space, gym.spaces.Box) or not np.issubdtype(self.space.dtype, np.floating):
+            raise ValueError(f"its actions are {self.space}, not a Box of floating-point numbers")
+        bounded = np.isfinite(self.space.low) & np.isfinite(self.space.high)
+        self.low = np.where(bounded, self.space.low, -1)  # where actions of -1 and 1 are
+        self.high = np.where(bounded, self.space.high, 1)
 
     def flatten(self, obs):
         if isinstance(obs, dict):
@@ -171,18 +172,20 @@ class ContinuousEnvs:
         return obs.reshape(len(self.valid), -1).astype(np.float32)
 
     def step(self, actions):
-        """Actions [C, A] -> rewards, terminated, truncated [C], [return, length] of each ended episode."""
-        space = self.envs.single_action_space
+        """Actions [C, A] -> {what the learner needs of this step: [C]}, [return, length] of each ended episode."""
+        actions = self.low + (actions.reshape(-1, *self.space.shape) + 1) / 2 * (self.high - self.low)
         # envpool would charge the control cost of unclipped actions
-        actions = np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
+        actions = np.clip(actions, self.space.low, self.space.high).astype(self.space.dtype)
         obs, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.obs = self.flatten(obs)
+        self.discounted = (self.gamma * self.discounted + rewards) * self.valid
         self.totals += np.stack([rewards * self.valid, self.valid], axis=1)
         done = terminated | truncated
         episodes = self.totals[done].tolist()
         self.totals[done] = 0
         self.valid = ~done
-        return rewards, terminated, truncated, episodes
+        fields = {"rewards": rewards, "discounted": self.discounted, "terminated": terminated, "truncated": truncated}
+        return fields, episodes
 
 
 class AtariEnvs:
@@ -200,13 +203,11 @@ class AtariEnvs:
         self.totals = np.zeros((num_envs, 2))  # score and length of each game so far
         self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
         obs, info = self.envs.reset()
-        # An envpool built for another numpy returned the values of one environment for all of them
-        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
         self.obs = np.moveaxis(obs, 1, -1)
         self.lives = info["lives"]
 
     def step(self, actions):
-        """Actions [C] -> rewards, terminated, truncated [C], [score, length] of each ended game."""
+        """Actions [C] -> {what the learner needs of this step: [C]}, [score, length] of each ended game."""
         obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
         # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
         unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
@@ -219,20 +220,17 @@ class AtariEnvs:
         self.valid = ~(terminated | truncated)
         self.lives = info["lives"]
         self.obs = np.moveaxis(obs, 1, -1)
-        return rewards, terminated, truncated, episodes
+        return {"rewards": rewards, "terminated": terminated, "truncated": truncated}, episodes
 
 
 @cache
 def continuous_sizes(env_id):
-    """(observation size, action size) of a task. Raises ValueError if it cannot be made, or has discrete actions."""
+    """(observation size, action size) of a task. Raises ValueError, with the reason, if it cannot be trained on."""
     try:
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
-    except (gym.error.Error, ImportError, RuntimeError) as error:
-        raise ValueError(f"--env-id {env_id}: not a task of envpool, and gymnasium says: {error}") from None
-    space = envs.envs.single_action_space
-    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"--env-id {env_id}: its actions are {space}, not a Box of floating-point numbers")
-    return envs.obs.shape[1], math.prod(space.shape)
+    except Exception as error:  # whatever its constructor raises
+        raise ValueError(f"--env-id {env_id} cannot be used: {type(error).__name__}: {error}") from None
+    return envs.obs.shape[1], math.prod(envs.space.shape)
 
 
 def is_atari(env_id):
@@ -252,7 +250,7 @@ class MlpAgent(nn.Module):
     The observation statistics are buffers: published, saved and loaded with the weights, frozen while a version acts.
     """
 
-    def __init__(self, obs_size, action_size):
+    def __init__(self, obs_size, action_size, log_std_init=0.0):
         super().__init__()
 
         def mlp(out_size, std):
@@ -261,13 +259,13 @@ class MlpAgent(nn.Module):
 
         self.critic = mlp(1, std=1.0)
         self.actor_mean = mlp(action_size, std=0.01)
-        self.actor_logstd = nn.Parameter(torch.zeros(action_size))
+        self.actor_logstd = nn.Parameter(torch.full((action_size,), log_std_init))
         self.register_buffer("obs_mean", torch.zeros(obs_size))
-        self.register_buffer("obs_var", torch.ones(obs_size))
+        self.register_buffer("obs_std", torch.ones(obs_size))
 
     def normalize(self, obs):
         """Raw to normalised observations [..., D], which all methods take but `act`."""
-        return ((obs - self.obs_mean) / torch.sqrt(self.obs_var + 1e-8)).clamp(-10, 10)
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def get_value(self, obs):
         return self.critic(obs).squeeze(-1)
@@ -277,10 +275,10 @@ class MlpAgent(nn.Module):
         z = (actions - mean) * torch.exp(-self.actor_logstd)
         return (-0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def act(self, obs, generator=None):
-        """Raw observations [C, D] -> sampled (without generator: the most likely) actions [C, A], log-probs [C]."""
+    def act(self, obs, greedy=False):
+        """Raw observations [C, D] -> sampled (or the most likely) actions [C, A], and their log-probabilities [C]."""
         mean = self.actor_mean(self.normalize(obs))
-        noise = torch.randn(mean.shape, generator=generator) if generator else torch.zeros_like(mean)
+        noise = torch.zeros_like(mean) if greedy else torch.randn(mean.shape)
         actions = mean + torch.exp(self.actor_logstd) * noise
         return actions, self.get_logprob(mean, actions)
 
@@ -336,12 +334,10 @@ class CnnAgent(nn.Module):
     def get_value(self, obs):
         return self.critic(self.features(obs)).squeeze(-1)
 
-    def act(self, obs, generator=None):
-        """Frames [C, 84, 84, 4] -> sampled (without generator: the most likely) actions [C], log-probabilities [C].
-        All on the CPU, but for the networks."""
+    def act(self, obs, greedy=False):
+        """Frames [C, 84, 84, 4] -> sampled (or the most likely) actions, their log-probabilities, [C], on the CPU."""
         logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
-        best = logprobs.argmax(-1, keepdim=True)
-        actions = torch.multinomial(logprobs.exp(), 1, generator=generator) if generator else best
+        actions = logprobs.argmax(-1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1)
         return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
 
     def evaluate(self, obs, actions):
@@ -363,10 +359,9 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
 
     V-trace is IMPALA's (arXiv 1802.01561, section 4.1), there at every gradient step; VACO's (arXiv 2603.01365) once
     per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
-
-    Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
-    the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
-    [T, N] of 0 and 1; discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
+    Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
+    with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
+    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
     """
     rhos = log_ratios.exp()
     discounts = gamma * lam * (1 - dones)
@@ -416,60 +411,48 @@ def impala_minibatch(agent, args, obs, actions, behavior_logprobs, rewards, term
     return loss, logs
 
 
-def discounted_returns(running, rewards, valid, gamma):
-    """The discounted returns after all valid steps of one rollout, [samples], whose deviation is the scale of rewards.
-    `running` [C] is carried from one rollout of an actor to the next, and changed in place; rewards, valid [T, C]."""
-    returns = np.zeros(rewards.shape)
-    for t in range(len(rewards)):
-        running[:] = (gamma * running + rewards[t]) * valid[t]
-        returns[t] = running
-    return returns[valid]
-
-
 class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
-    One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
-    the row is written, and a copy counts if the stamp was right before and after it (on x86, stores appear in order).
+    One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
     """
 
     def __init__(self, agent, num_versions):
         super().__init__()
         size = sum(tensor.numel() for tensor in agent.state_dict().values())
         self.register_buffer("rows", torch.zeros(num_versions, size))
-        self.register_buffer("stamps", torch.full((num_versions,), -1))  # the version in each row
-        self.register_buffer("latest", torch.tensor(-1))
+        self.register_buffer("versions", torch.full((num_versions,), -1))  # the one in each row
         self.share_memory()
 
     def publish(self, agent, version):
         """Store the agent's parameters and buffers as `version`, over the oldest one."""
         row = version % len(self.rows)
-        self.stamps[row] = -1
+        self.versions[row] = -1
         self.rows[row] = torch.cat([tensor.flatten() for tensor in agent.state_dict().values()])
-        self.stamps[row] = version
-        self.latest.fill_(version)
+        self.versions[row] = version
 
     def load(self, agent, version):
         """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
         while True:
-            wanted = self.latest.item() if version == LATEST else version
+            wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
-            before = self.stamps[row].item()
-            copy = self.rows[row].clone()
-            if before == self.stamps[row].item() == wanted:
+            whole = self.versions[row].item() == wanted
+            weights = self.rows[row].clone()
+            if whole and self.versions[row].item() == wanted:
                 break
             if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
+                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
-        for tensor, part in zip(tensors, copy.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
         return wanted
 
 
 def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner):
-    """An actor process. Takes tickets (slot, version, number) from the connection `learner`, loads that version of the
-    policy, fills that slot, and sends (slot, version, [[return, length] of each ended episode], seconds waited, seconds
-    taken). `attempt` is 0 for the first actors of a run; later ones play other episodes."""
+    """An actor process. Takes tickets (rollout, version, number) from the connection `learner`, loads that version of
+    the policy, fills the rollout's slot, and sends (rollout, version, [[return, length] of each ended episode], seconds
+    waited, seconds taken). `attempt` is 0 for the first actors of a run; later ones play other episodes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
         signal.signal(number, signal.SIG_IGN)
     # Leave with the learner, however it ends, also from the middle of a rollout
@@ -477,70 +460,67 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
     signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # a stuck actor ends itself, and is replaced
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
-    # envpool gives environment i this seed + i: every actor of every learner has a block of its own
-    block = RANK * args.num_actors + index
-    seed = (args.seed * 2**16 + block * args.num_envs) % 2**31
-    if attempt > 0:
-        seed = int(np.random.default_rng((args.seed, block, attempt)).integers(2**31 - args.num_envs))
-    generator = torch.Generator().manual_seed(seed)
+    seed = int(np.random.default_rng((args.seed, RANK, index, attempt)).integers(2**31 - 2**16))
+    random.seed(seed)  # environments may draw from any of these
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     agent = make_agent()
     envs = make_envs(seed=seed)
     while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
         wait_start = time.perf_counter()
-        slot, version, _ = learner.recv()
+        rollout, version, _ = learner.recv()
         act_start = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)
         version = store.load(agent, version)
-        out = {name: field[slot].numpy() for name, field in rollouts.items()}  # views: cheap to fill step by step
+        out = {name: field[rollout % len(field)].numpy() for name, field in rollouts.items()}  # views: cheap to fill
         episodes = []
         with torch.inference_mode():
             for t in range(args.num_steps):
                 out["obs"][t] = envs.obs
                 out["valid"][t] = envs.valid
-                actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
+                actions, logprobs = agent.act(torch.from_numpy(envs.obs))
                 out["actions"][t] = actions.numpy()
                 out["logprobs"][t] = logprobs.numpy()
-                out["rewards"][t], out["terminated"][t], out["truncated"][t], ended = envs.step(out["actions"][t])
+                fields, ended = envs.step(out["actions"][t])
+                for name, field in fields.items():
+                    out[name][t] = field
                 episodes += ended
         out["obs"][args.num_steps] = envs.obs
-        learner.send((slot, version, episodes, act_start - wait_start, time.perf_counter() - act_start))
+        learner.send((rollout, version, episodes, act_start - wait_start, time.perf_counter() - act_start))
 
 
-def ticket(args, slot, rollout):
-    """(slot, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
+def ticket(args, rollout):
+    """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
     what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
     over the versions that exist."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
-        return slot, LATEST, number
+        return rollout, LATEST, number
     if args.lag_schedule == "fixed":
-        return slot, max(batch - args.lag, 0), number
+        return rollout, max(batch - args.lag, 0), number
     draw = np.random.default_rng((args.seed, number)).integers(min(args.lag, batch) + 1)
-    return slot, batch - int(draw), number
+    return rollout, batch - int(draw), number
 
 
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
-    A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
-    has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
-    number of slots, nothing is dropped. The successor of an actor that has died collects from the start what that one
-    owed. `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text.
-    """
+    Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
+    free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
+    slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
+    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
-    def __init__(self, args, slots_per_actor, version, target, *arguments):
+    def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
-        self.slots_per_actor = slots_per_actor
+        self.num_slots = num_slots
         self.first_version = version
         self.target = target  # what a process calls, with these arguments besides its own
         self.arguments = arguments
-        done = version * args.rollouts_per_batch  # rollouts of the batches before this version
-        self.next_rollout = [done + (index - done) % args.num_actors for index in range(args.num_actors)]
-        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
-        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
+        self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
+        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -552,6 +532,8 @@ class Actors:
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
             self.launch(index)
+        first = version * args.rollouts_per_batch
+        self.issue(version, range(first - num_slots, first))
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
@@ -583,20 +565,16 @@ class Actors:
             self.launch(index)
 
     def issue(self, newest, freed=()):
-        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
-        slots that have been copied and may be filled again."""
-        for slot in freed:
-            del self.rollout_in[slot]
-        for index in range(self.args.num_actors):
-            while True:
-                rollout = self.next_rollout[index]
-                turn = rollout // self.args.num_actors % self.slots_per_actor
-                pending = ticket(self.args, index * self.slots_per_actor + turn, rollout)
-                slot, version, _ = pending
-                if slot in self.rollout_in or version > newest:
+        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
+        are rollouts that have been copied out of their slots."""
+        for rollout in freed:
+            self.waiting[rollout % self.args.num_actors].append(rollout + self.num_slots)
+        for index, waiting in enumerate(self.waiting):
+            while waiting:
+                pending = ticket(self.args, waiting[0])
+                if pending[1] > newest:
                     break
-                self.rollout_in[slot] = rollout
-                self.next_rollout[index] += self.args.num_actors
+                waiting.popleft()
                 self.pending[index].append(pending)
                 with contextlib.suppress(ConnectionError):  # of an actor that has died: its successor gets it
                     self.connections[index].send(pending)
@@ -617,8 +595,8 @@ class Actors:
                 except (EOFError, OSError):
                     self.replace(index)
                 else:
-                    slot, *_ = self.pending[index].popleft()
-                    self.finished[self.rollout_in[slot]] = message
+                    self.pending[index].popleft()
+                    self.finished[message[0]] = message
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -636,12 +614,10 @@ def connect(args):
     """Join the other learners, where torchrun has started several."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=args.learner_timeout)
-        # A store of its own, which ends with the first learner: in torchrun's, after a restart, learners would find the
-        # addresses of those before
+        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
         store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
-        backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
+        dist.init_process_group(store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
@@ -660,17 +636,24 @@ def average(tensor):
     return tensor
 
 
-def average_gradients(agent):
-    """Replace the gradients by their mean over all learners: one flat all-reduce."""
-    if WORLD_SIZE > 1:
-        gradients = [parameter.grad for parameter in agent.parameters()]
-        vector = average(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+def flatten(agent):
+    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
+    tensor is clipped, stepped and averaged much faster than many small ones."""
+    parameters = list(agent.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
+    vector.grad = torch.zeros_like(vector)
+    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        layout = (parameter.shape, parameter.stride())
+        weights = weights.as_strided(*layout, weights.storage_offset())
+        parameter.data = weights.copy_(parameter.data)
+        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
+    return vector
 
 
 def update_statistics(statistics, samples):
-    """Take samples [n, ...] of all learners into a RunningMeanStd, which stays the same one in each of them."""
+    """Take a tensor of samples [n, ...] of each learner into a RunningMeanStd, which stays the same in all of them."""
+    samples = samples.double().cpu().numpy()
     for mean, var, count in gather((samples.mean(axis=0), samples.var(axis=0), len(samples))):
         statistics.update_from_moments(mean, var, count)
 
@@ -696,24 +679,22 @@ def train(args):
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"runs/{env_id}__{args.exp_name}__{args.seed}"
-    begun = int(time.time())
-    while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
-        begun += 1
-    folder = os.path.normpath(args.resume) if args.resume else f"{name}__{begun}"
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or f"runs/{name}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set(name, "", folder).decode()
-    os.makedirs(folder, exist_ok=True)
+        folder = torchrun_store.compare_set("folder", "", folder).decode()
     if args.track and RANK == 0:
         import wandb
 
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(folder)}
-        wandb.init(**where, id=where["name"], resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        name = os.path.basename(folder)
+        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and args.cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
     slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
@@ -727,15 +708,17 @@ def train(args):
         make_envs = partial(AtariEnvs, args.env_id, C, **{name: getattr(args, name) for name in names})
         obs = torch.zeros(S, T + 1, C, 84, 84, 4, dtype=torch.uint8)
         actions = torch.zeros(S, T, C, dtype=torch.int64)
+        rollouts = {}
         statistics = {}
     else:
         obs_size, action_size = continuous_sizes(args.env_id)
         make_agent = make_actor = partial(MlpAgent, obs_size, action_size)
-        make_envs = partial(ContinuousEnvs, args.env_id, C)
+        make_envs = partial(ContinuousEnvs, args.env_id, C, gamma=args.gamma)
+        rollouts = {"discounted": torch.zeros(S, T, C).share_memory_()}  # return of each episode so far
         obs = torch.zeros(S, T + 1, C, obs_size)
         actions = torch.zeros(S, T, C, action_size)
-        statistics = {"obs": RunningMeanStd(shape=obs_size), "returns": RunningMeanStd(shape=())}
-    rollouts = {
+        statistics = {"obs": RunningMeanStd(shape=obs_size), "returns": RunningMeanStd(epsilon=0, shape=())}
+    rollouts |= {
         "obs": obs.share_memory_(),  # raw, with those after the last step
         "actions": actions.share_memory_(),  # unclipped
         "logprobs": torch.zeros(S, T, C).share_memory_(),  # of the version that acted
@@ -743,14 +726,14 @@ def train(args):
     }
     for name in ("terminated", "truncated", "valid"):
         rollouts[name] = torch.zeros(S, T, C, dtype=torch.bool).share_memory_()
-    running_returns = np.zeros((args.num_actors, C))  # discounted, as `statistics["returns"]` are
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
+    weights = flatten(agent)
     if atari:  # torch adds eps to the root, TensorFlow under it; the published value is kept, as in torchbeast
-        optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=0.01)
+        optimizer = torch.optim.RMSprop([weights], lr=args.learning_rate, alpha=0.99, eps=0.01)
     else:
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 
@@ -759,15 +742,13 @@ def train(args):
     last_returns = deque(maxlen=100)
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    saved = None
-    if RANK == 0 and os.path.exists(checkpoint):
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    saved = gather(saved)[0]
+    resumed = RANK == 0 and os.path.exists(checkpoint)
+    saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved[name])
-        for name, moments in saved["statistics"].items():
-            vars(statistics[name]).update({moment: tensor.numpy() for moment, tensor in moments.items()})
+        for name, moments in statistics.items():
+            vars(moments).update({moment: np.asarray(value) for moment, value in saved[name].items()})
         torch.set_rng_state(saved["rng"])
         global_step = saved["global_step"]
         version = saved["version"]
@@ -775,11 +756,11 @@ def train(args):
 
     def save():
         """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
-        state = {"args": vars(args), "global_step": global_step, "version": version, "last_returns": list(last_returns)}
-        state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
-        state["statistics"] = {}
+        state = {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
+        state |= {"args": vars(args), "global_step": global_step, "version": version}
+        state["last_returns"] = list(last_returns)
         for name, moments in statistics.items():
-            state["statistics"][name] = {key: torch.from_numpy(np.asarray(x)) for key, x in vars(moments).items()}
+            state[name] = {moment: np.asarray(value).tolist() for moment, value in vars(moments).items()}
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)
@@ -789,9 +770,8 @@ def train(args):
         writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    actors = Actors(args, slots_per_actor, version, actor, make_actor, make_envs, store, rollouts)
+    actors = Actors(args, S, version, actor, make_actor, make_envs, store, rollouts)
     try:
-        actors.issue(newest=version)
         first_step = global_step
         train_start = batch_start = time.perf_counter()
         while global_step < args.total_timesteps:
@@ -802,17 +782,14 @@ def train(args):
             if stop_reasons:  # all learners end after the same batch
                 break
             learner_wait = time.perf_counter() - wait_start
-            slots, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
+            collected, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
+            slots = [rollout % S for rollout in collected]
             for slot in slots:
-                rollout = {name: field[slot].numpy() for name, field in rollouts.items()}
-                check_finite(f"from actor {slot // slots_per_actor}, after step {global_step}", rollout)
-                if not atari:
-                    running = running_returns[slot // slots_per_actor]  # [C]
-                    returns = discounted_returns(running, rollout["rewards"], rollout["valid"], args.gamma)
-                    update_statistics(statistics["returns"], returns)
+                numbers = {name: field[slot] for name, field in rollouts.items()}
+                check_finite(f"from actor {slot % args.num_actors}, after step {global_step}", numbers)
             # Time-major, [T (obs: T + 1), N, ...], with the N = R * C environments of R rollouts
             batch = {name: field[slots].transpose(0, 1).flatten(1, 2).to(device) for name, field in rollouts.items()}
-            actors.issue(newest=version, freed=slots)
+            actors.issue(newest=version, freed=collected)
 
             # MEASURE the lag on arrival
             valid = batch["valid"]  # [T, N], with B valid rows: the others are dummy steps
@@ -822,7 +799,9 @@ def train(args):
             learner_ratios = (learner_logprobs - batch["logprobs"])[valid].exp()  # [B], pi_T/beta
             rewards = batch["rewards"]  # [T, N]
             if not atari:
-                rewards = (rewards / math.sqrt(statistics["returns"].var + 1e-8)).clamp(-10, 10)
+                update_statistics(statistics["returns"], batch["discounted"][valid])
+                scale = math.sqrt(statistics["returns"].var) or 1.0
+                rewards = (rewards / scale).clamp(-10, 10)
             terminated = batch["terminated"].float()  # [T, N]
             dones = (batch["terminated"] | batch["truncated"]).float()  # [T, N]
 
@@ -835,11 +814,11 @@ def train(args):
                 sequences = torch.randperm(valid.shape[1]).to(device)
                 for mb in sequences.chunk(args.num_minibatches):
                     loss, logs = impala_minibatch(agent, args, *(column.index_select(1, mb) for column in columns))
-                    optimizer.zero_grad()
+                    weights.grad.zero_()
                     loss.backward()
                     # Every learner has as many sequences, with a few more or less dummy rows, and counts the same
-                    average_gradients(agent)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    average(weights.grad)
+                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)
 
@@ -848,9 +827,9 @@ def train(args):
                 final_logprobs, _, _ = agent.evaluate(obs[:-1], batch["actions"])
             final_ratios = (final_logprobs - batch["logprobs"])[valid].exp()  # [B], pi/beta
             if not atari:
-                update_statistics(statistics["obs"], batch["obs"][:-1][valid].double().cpu().numpy())
+                update_statistics(statistics["obs"], batch["obs"][:-1][valid])
                 agent.obs_mean.copy_(torch.from_numpy(statistics["obs"].mean))
-                agent.obs_var.copy_(torch.from_numpy(statistics["obs"].var))
+                agent.obs_std.copy_(torch.from_numpy(np.sqrt(statistics["obs"].var + 1e-8)))
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             losses = {name: mean for name, mean in means.items() if name != "losses/explained_variance"}  # maybe 0 / 0
             check_finite(f"in the batch after step {global_step}", losses | agent.state_dict())
@@ -899,8 +878,7 @@ def train(args):
         if RANK == 0:
             writer.close()
     if global_step < args.total_timesteps:
-        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
-            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])
@@ -914,11 +892,8 @@ def train(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    checkpoint = f"{parser.parse_known_args()[0].resume}/checkpoint.pt"
-    options = {}
-    if os.path.exists(checkpoint):  # the flags of the run to go on with are the defaults
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
-        options["default"] = Args(**saved | {"resume": ""})
-    train(tyro.cli(Args, description=__doc__, **options))
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:  # the flags of the run to go on with are the defaults
+        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
+        args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"]))
+    train(args)

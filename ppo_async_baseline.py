@@ -106,9 +106,6 @@ class Args:
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # lambda of GAE
     norm_adv: bool = True  # if toggled, advantages are normalised per minibatch
-    log_std_init: float = 0.0  # log standard deviation of the Gaussian policy at the start
-    scale_actions: bool = False  # trial
-    critic_work: Literal["none", "targets", "first"] = "none"  # trial
     ent_coef: float | None = None  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # the largest norm of a gradient
@@ -132,7 +129,7 @@ class Args:
         for name, value in vars(self).items():
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
             lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            if isinstance(value, (int, float)) and value < lowest and name != "log_std_init":
+            if isinstance(value, (int, float)) and value < lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -155,7 +152,7 @@ class ContinuousEnvs:
     next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one.
     """
 
-    def __init__(self, env_id, num_envs, seed, gamma=1.0, scale=True, **options):
+    def __init__(self, env_id, num_envs, seed, gamma=1.0, **options):
         self.gamma = gamma
         self.valid = np.ones(num_envs, dtype=bool)
         self.discounted = np.zeros(num_envs)  # return of each episode so far: its deviation is the scale of rewards
@@ -170,7 +167,7 @@ class ContinuousEnvs:
         self.space = self.envs.single_action_space
         if not isinstance(self.space, gym.spaces.Box) or not np.issubdtype(self.space.dtype, np.floating):
             raise ValueError(f"its actions are {self.space}, not a Box of floating-point numbers")
-        bounded = np.isfinite(self.space.low) & np.isfinite(self.space.high) & scale
+        bounded = np.isfinite(self.space.low) & np.isfinite(self.space.high)
         self.low = np.where(bounded, self.space.low, -1)  # where actions of -1 and 1 are
         self.high = np.where(bounded, self.space.high, 1)
 
@@ -343,7 +340,7 @@ class CnnAgent(nn.Module):
         return self.critic(self.features(obs)).squeeze(-1)
 
     def act(self, obs, greedy=False):
-        """Frames [C, 84, 84, 4] -> sampled (or the most likely) actions and their log-probabilities, [C], on the CPU."""
+        """Frames [C, 84, 84, 4] -> sampled (or the most likely) actions, their log-probabilities, [C], on the CPU."""
         logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
         actions = logprobs.argmax(-1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1)
         return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
@@ -710,8 +707,8 @@ def train(args):
         statistics = {}
     else:
         obs_size, action_size = continuous_sizes(args.env_id)
-        make_agent = make_actor = partial(MlpAgent, obs_size, action_size, args.log_std_init)
-        make_envs = partial(ContinuousEnvs, args.env_id, C, gamma=args.gamma, scale=args.scale_actions)
+        make_agent = make_actor = partial(MlpAgent, obs_size, action_size)
+        make_envs = partial(ContinuousEnvs, args.env_id, C, gamma=args.gamma)
         rollouts = {"discounted": torch.zeros(S, T, C).share_memory_()}  # return of each episode so far
         obs = torch.zeros(S, T + 1, C, obs_size)
         actions = torch.zeros(S, T, C, action_size)
@@ -731,9 +728,6 @@ def train(args):
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
     kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
-    critic_optimizer = None
-    if args.critic_work == "first":
-        critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, eps=1e-5)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 
@@ -806,23 +800,7 @@ def train(args):
                 rewards = (rewards / scale).clamp(-10, 10)
             terminated = batch["terminated"].float()  # [T, N]
             dones = (batch["terminated"] | batch["truncated"]).float()  # [T, N]
-            def estimate():
-                with torch.no_grad():
-                    v = agent.get_value(obs)
-                return v, *gae(rewards, v, terminated, dones, args.gamma, args.gae_lambda)
-
-            lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
-            if critic_optimizer:
-                critic_optimizer.param_groups[0]["lr"] = lr
-                _, targets, _ = estimate()
-                first_obs, first_targets = obs[:-1][valid], targets[valid]
-                for mb in torch.randperm(len(first_obs)).tensor_split(args.num_minibatches):
-                    weights.grad.zero_()
-                    value_loss = 0.5 * (agent.get_value(first_obs[mb]) - first_targets[mb]).square().mean()
-                    (args.vf_coef * value_loss).backward()
-                    nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
-                    critic_optimizer.step()
-            values, targets, advantages = estimate()
+            targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
             # Dummy steps end here: the valid rows go on, [B, ...]
             b_obs = obs[:-1][valid]
             b_actions = batch["actions"][valid]
@@ -836,9 +814,7 @@ def train(args):
             optimizer.param_groups[0]["lr"] = lr
             counts = gather(len(b_obs))  # every learner uses as many rows as the one with the fewest
             minibatch_logs = []
-            for epoch in range(args.update_epochs):
-                if epoch and args.critic_work == "targets":
-                    b_targets = estimate()[1][valid]
+            for _ in range(args.update_epochs):
                 rows = torch.randperm(len(b_obs))[: min(counts)].to(device)
                 for mb in rows.tensor_split(args.num_minibatches):
                     mb_advantages = b_advantages[mb]
@@ -875,9 +851,6 @@ def train(args):
                 update_statistics(statistics["obs"], batch["obs"][:-1][valid])
                 agent.obs_mean.copy_(torch.from_numpy(statistics["obs"].mean))
                 agent.obs_std.copy_(torch.from_numpy(np.sqrt(statistics["obs"].var + 1e-8)))
-            with torch.no_grad():  # the new statistics move the policy, too
-                shifted_obs = agent.normalize(batch["obs"][:-1][valid])
-                shifted_ratios = (agent.evaluate(shifted_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B]
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             check_finite(f"in the batch after step {global_step}", means | agent.state_dict())
             version += 1
@@ -895,7 +868,6 @@ def train(args):
                 "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean(),
                 "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean(),
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean(),
-                "lag/tv_statistics": 0.5 * (shifted_ratios - final_ratios).abs().mean(),
                 "lag/ess": b_learner_ratios.mean().square() / b_learner_ratios.square().mean(),
                 "stats/learner_wait": learner_wait / batch_seconds,
                 "stats/actor_wait": sum(wait_times) / sum(wait_times + act_times),

@@ -23,12 +23,12 @@ hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
   rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
 """
 
-import argparse
 import contextlib
 import ctypes
 import math
 import multiprocessing as mp
 import os
+import random
 import signal
 import sys
 import threading
@@ -49,11 +49,10 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
-# Set by torchrun: which of several learners this is, of all and on this host, and how many there are
+# Set by torchrun: which of several learners this is, and how many there are
 RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-CHARTS = {  # stand side by side under "Custom scalars" in TensorBoard
+CHARTS = {  # under "Custom scalars" in TensorBoard
     "return": ["charts/episodic_return"],
     "lag in versions": ["lag/versions_mean", "lag/versions_max"],
     "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
@@ -72,9 +71,7 @@ class Args:
     bf16: bool = False  # if toggled, the CNN computes in bfloat16, in learner and actors; parameters stay float32
     learner_threads: int = 1  # CPU threads of the learner; where actors share its cores, with --actor-nice 19
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
-    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
-    wandb_project_name: str = "vaco"  # the project there
-    wandb_entity: str | None = None  # the user or team there; None: your default
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
@@ -147,13 +144,11 @@ class AtariEnvs:
         self.totals = np.zeros((num_envs, 2))  # score and length of each game so far
         self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
         obs, info = self.envs.reset()
-        # An envpool built for another numpy returned the values of one environment for all of them
-        assert np.array_equal(info["env_id"], np.arange(num_envs)), f"envpool mixed up: {info['env_id']}"
         self.obs = np.moveaxis(obs, 1, -1)
         self.lives = info["lives"]
 
     def step(self, actions):
-        """Actions [C] -> rewards, terminated, truncated [C], [score, length] of each ended game."""
+        """Actions [C] -> {what the learner needs of this step: [C]}, [score, length] of each ended game."""
         obs, rewards, terminated, truncated, info = self.envs.step(actions.astype(np.int32))
         # A game can also end unseen, in the no-ops of a dummy step after a lost life: then there are more lives again
         unseen = ~self.valid & ~self.over & (info["lives"] > self.lives)
@@ -166,7 +161,7 @@ class AtariEnvs:
         self.valid = ~(terminated | truncated)
         self.lives = info["lives"]
         self.obs = np.moveaxis(obs, 1, -1)
-        return rewards, terminated, truncated, episodes
+        return {"rewards": rewards, "terminated": terminated, "truncated": truncated}, episodes
 
 
 @cache
@@ -232,12 +227,10 @@ class CnnAgent(nn.Module):
     def get_value(self, obs):
         return self.critic(self.features(obs)).squeeze(-1)
 
-    def act(self, obs, generator=None):
-        """Frames [C, 84, 84, 4] -> sampled (without generator: the most likely) actions [C], log-probabilities [C].
-        All on the CPU, but for the networks."""
+    def act(self, obs, greedy=False):
+        """Frames [C, 84, 84, 4] -> sampled (or the most likely) actions, their log-probabilities, [C], on the CPU."""
         logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
-        best = logprobs.argmax(-1, keepdim=True)
-        actions = torch.multinomial(logprobs.exp(), 1, generator=generator) if generator else best
+        actions = logprobs.argmax(-1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1)
         return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
 
     def evaluate(self, obs, actions):
@@ -259,10 +252,9 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
 
     V-trace is IMPALA's (arXiv 1802.01561, section 4.1), there at every gradient step; VACO's (arXiv 2603.01365) once
     per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
-
-    Takes log_ratios = log pi_T(a_t|s_t) - log beta(a_t|s_t) = log rho_t [T, N]; rewards [T, N]; values V [T + 1, N] of
-    the learner's critic, with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop)
-    [T, N] of 0 and 1; discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
+    Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
+    with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
+    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
     """
     rhos = log_ratios.exp()
     discounts = gamma * lam * (1 - dones)
@@ -280,12 +272,10 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
         D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
-        keep_i = 1                               if D <= tv_threshold
-                 1[A_i (r_i - anchor_i) <= 0]    otherwise
+        keep_i = 1 if D <= tv_threshold, else 1[A_i (r_i - anchor_i) <= 0]
 
     The sign: grad r A = r A grad log pi, and grad 1/2 |r - anchor| = 1/2 sign(r - anchor) r grad log pi, so ascent on
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
-
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
     policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
@@ -324,47 +314,45 @@ def vaco_minibatch(agent, args, advantages, obs, actions, behavior_logprobs, lea
 class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
-    One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
-    the row is written, and a copy counts if the stamp was right before and after it (on x86, stores appear in order).
+    One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
     """
 
     def __init__(self, agent, num_versions):
         super().__init__()
         size = sum(tensor.numel() for tensor in agent.state_dict().values())
         self.register_buffer("rows", torch.zeros(num_versions, size))
-        self.register_buffer("stamps", torch.full((num_versions,), -1))  # the version in each row
-        self.register_buffer("latest", torch.tensor(-1))
+        self.register_buffer("versions", torch.full((num_versions,), -1))  # the one in each row
         self.share_memory()
 
     def publish(self, agent, version):
         """Store the agent's parameters and buffers as `version`, over the oldest one."""
         row = version % len(self.rows)
-        self.stamps[row] = -1
+        self.versions[row] = -1
         self.rows[row] = torch.cat([tensor.flatten() for tensor in agent.state_dict().values()])
-        self.stamps[row] = version
-        self.latest.fill_(version)
+        self.versions[row] = version
 
     def load(self, agent, version):
         """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
         while True:
-            wanted = self.latest.item() if version == LATEST else version
+            wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
-            before = self.stamps[row].item()
-            copy = self.rows[row].clone()
-            if before == self.stamps[row].item() == wanted:
+            whole = self.versions[row].item() == wanted
+            weights = self.rows[row].clone()
+            if whole and self.versions[row].item() == wanted:
                 break
             if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
+                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
-        for tensor, part in zip(tensors, copy.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
         return wanted
 
 
 def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner):
-    """An actor process. Takes tickets (slot, version, number) from the connection `learner`, loads that version of the
-    policy, fills that slot, and sends (slot, version, [[return, length] of each ended episode], seconds waited, seconds
-    taken). `attempt` is 0 for the first actors of a run; later ones play other episodes."""
+    """An actor process. Takes tickets (rollout, version, number) from the connection `learner`, loads that version of
+    the policy, fills the rollout's slot, and sends (rollout, version, [[return, length] of each ended episode], seconds
+    waited, seconds taken). `attempt` is 0 for the first actors of a run; later ones play other episodes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
         signal.signal(number, signal.SIG_IGN)
     # Leave with the learner, however it ends, also from the middle of a rollout
@@ -372,70 +360,67 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
     signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # a stuck actor ends itself, and is replaced
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
-    # envpool gives environment i this seed + i: every actor of every learner has a block of its own
-    block = RANK * args.num_actors + index
-    seed = (args.seed * 2**16 + block * args.num_envs) % 2**31
-    if attempt > 0:
-        seed = int(np.random.default_rng((args.seed, block, attempt)).integers(2**31 - args.num_envs))
-    generator = torch.Generator().manual_seed(seed)
+    seed = int(np.random.default_rng((args.seed, RANK, index, attempt)).integers(2**31 - 2**16))
+    random.seed(seed)  # environments may draw from any of these
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     agent = make_agent()
     envs = make_envs(seed=seed)
     while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
         wait_start = time.perf_counter()
-        slot, version, _ = learner.recv()
+        rollout, version, _ = learner.recv()
         act_start = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)
         version = store.load(agent, version)
-        out = {name: field[slot].numpy() for name, field in rollouts.items()}  # views: cheap to fill step by step
+        out = {name: field[rollout % len(field)].numpy() for name, field in rollouts.items()}  # views: cheap to fill
         episodes = []
         with torch.inference_mode():
             for t in range(args.num_steps):
                 out["obs"][t] = envs.obs
                 out["valid"][t] = envs.valid
-                actions, logprobs = agent.act(torch.from_numpy(envs.obs), generator)
+                actions, logprobs = agent.act(torch.from_numpy(envs.obs))
                 out["actions"][t] = actions.numpy()
                 out["logprobs"][t] = logprobs.numpy()
-                out["rewards"][t], out["terminated"][t], out["truncated"][t], ended = envs.step(out["actions"][t])
+                fields, ended = envs.step(out["actions"][t])
+                for name, field in fields.items():
+                    out[name][t] = field
                 episodes += ended
         out["obs"][args.num_steps] = envs.obs
-        learner.send((slot, version, episodes, act_start - wait_start, time.perf_counter() - act_start))
+        learner.send((rollout, version, episodes, act_start - wait_start, time.perf_counter() - act_start))
 
 
-def ticket(args, slot, rollout):
-    """(slot, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
+def ticket(args, rollout):
+    """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
     what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
     over the versions that exist."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
-        return slot, LATEST, number
+        return rollout, LATEST, number
     if args.lag_schedule == "fixed":
-        return slot, max(batch - args.lag, 0), number
+        return rollout, max(batch - args.lag, 0), number
     draw = np.random.default_rng((args.seed, number)).integers(min(args.lag, batch) + 1)
-    return slot, batch - int(draw), number
+    return rollout, batch - int(draw), number
 
 
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
-    A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
-    has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
-    number of slots, nothing is dropped. The successor of an actor that has died collects from the start what that one
-    owed. `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text.
-    """
+    Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
+    free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
+    slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
+    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
-    def __init__(self, args, slots_per_actor, version, target, *arguments):
+    def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
-        self.slots_per_actor = slots_per_actor
+        self.num_slots = num_slots
         self.first_version = version
         self.target = target  # what a process calls, with these arguments besides its own
         self.arguments = arguments
-        done = version * args.rollouts_per_batch  # rollouts of the batches before this version
-        self.next_rollout = [done + (index - done) % args.num_actors for index in range(args.num_actors)]
-        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
-        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
+        self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
+        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -447,6 +432,8 @@ class Actors:
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
             self.launch(index)
+        first = version * args.rollouts_per_batch
+        self.issue(version, range(first - num_slots, first))
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
@@ -478,20 +465,16 @@ class Actors:
             self.launch(index)
 
     def issue(self, newest, freed=()):
-        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
-        slots that have been copied and may be filled again."""
-        for slot in freed:
-            del self.rollout_in[slot]
-        for index in range(self.args.num_actors):
-            while True:
-                rollout = self.next_rollout[index]
-                turn = rollout // self.args.num_actors % self.slots_per_actor
-                pending = ticket(self.args, index * self.slots_per_actor + turn, rollout)
-                slot, version, _ = pending
-                if slot in self.rollout_in or version > newest:
+        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
+        are rollouts that have been copied out of their slots."""
+        for rollout in freed:
+            self.waiting[rollout % self.args.num_actors].append(rollout + self.num_slots)
+        for index, waiting in enumerate(self.waiting):
+            while waiting:
+                pending = ticket(self.args, waiting[0])
+                if pending[1] > newest:
                     break
-                self.rollout_in[slot] = rollout
-                self.next_rollout[index] += self.args.num_actors
+                waiting.popleft()
                 self.pending[index].append(pending)
                 with contextlib.suppress(ConnectionError):  # of an actor that has died: its successor gets it
                     self.connections[index].send(pending)
@@ -512,8 +495,8 @@ class Actors:
                 except (EOFError, OSError):
                     self.replace(index)
                 else:
-                    slot, *_ = self.pending[index].popleft()
-                    self.finished[self.rollout_in[slot]] = message
+                    self.pending[index].popleft()
+                    self.finished[message[0]] = message
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -531,12 +514,10 @@ def connect(args):
     """Join the other learners, where torchrun has started several."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=args.learner_timeout)
-        # A store of its own, which ends with the first learner: in torchrun's, after a restart, learners would find the
-        # addresses of those before
+        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
         store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
-        backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
+        dist.init_process_group(store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
@@ -555,13 +536,19 @@ def average(tensor):
     return tensor
 
 
-def average_gradients(agent):
-    """Replace the gradients by their mean over all learners: one flat all-reduce."""
-    if WORLD_SIZE > 1:
-        gradients = [parameter.grad for parameter in agent.parameters()]
-        vector = average(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+def flatten(agent):
+    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
+    tensor is clipped, stepped and averaged much faster than many small ones."""
+    parameters = list(agent.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
+    vector.grad = torch.zeros_like(vector)
+    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        layout = (parameter.shape, parameter.stride())
+        weights = weights.as_strided(*layout, weights.storage_offset())
+        parameter.data = weights.copy_(parameter.data)
+        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
+    return vector
 
 
 def keep_freed_memory():
@@ -585,40 +572,38 @@ def train(args):
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"runs/{env_id}__{args.exp_name}__{args.seed}"
-    begun = int(time.time())
-    while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
-        begun += 1
-    folder = os.path.normpath(args.resume) if args.resume else f"{name}__{begun}"
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or f"runs/{name}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set(name, "", folder).decode()
-    os.makedirs(folder, exist_ok=True)
+        folder = torchrun_store.compare_set("folder", "", folder).decode()
     if args.track and RANK == 0:
         import wandb
 
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(folder)}
-        wandb.init(**where, id=where["name"], resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        name = os.path.basename(folder)
+        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
     keep_freed_memory()
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and args.cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
     make_agent = partial(CnnAgent, atari_actions(args.env_id), args.bf16)
-    actor_device = torch.device(f"cuda:{LOCAL_RANK}" if args.actor_device == "cuda" else "cpu")
-    make_actor = partial(make_agent, actor_device, trained=False)
+    make_actor = partial(make_agent, device if args.actor_device == "cuda" else "cpu", trained=False)
     options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
     make_envs = partial(AtariEnvs, args.env_id, args.num_envs, **options)
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    weights = flatten(agent)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
-    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
-    S, T, C = args.num_actors * slots_per_actor, args.num_steps, args.num_envs
+    S = args.num_actors * math.ceil(args.rollouts_per_batch / args.num_actors)
+    T, C = args.num_steps, args.num_envs
     rollouts = {
         "obs": torch.zeros(S, T + 1, C, 84, 84, 4, dtype=torch.uint8).share_memory_(),  # with those after the last step
         "actions": torch.zeros(S, T, C, dtype=torch.int64).share_memory_(),
@@ -633,10 +618,8 @@ def train(args):
     last_returns = deque(maxlen=100)
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    saved = None
-    if RANK == 0 and os.path.exists(checkpoint):
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    saved = gather(saved)[0]
+    resumed = RANK == 0 and os.path.exists(checkpoint)
+    saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved[name])
@@ -647,8 +630,9 @@ def train(args):
 
     def save():
         """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
-        state = {"args": vars(args), "global_step": global_step, "version": version, "last_returns": list(last_returns)}
-        state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
+        state = {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
+        state |= {"args": vars(args), "global_step": global_step, "version": version}
+        state["last_returns"] = list(last_returns)
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)
@@ -658,9 +642,8 @@ def train(args):
         writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    actors = Actors(args, slots_per_actor, version, actor, make_actor, make_envs, store, rollouts)
+    actors = Actors(args, S, version, actor, make_actor, make_envs, store, rollouts)
     try:
-        actors.issue(newest=version)
         first_step = global_step
         train_start = batch_start = time.perf_counter()
         while global_step < args.total_timesteps:
@@ -671,13 +654,14 @@ def train(args):
             if stop_reasons:  # all learners end after the same batch
                 break
             learner_wait = time.perf_counter() - wait_start
-            slots, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
+            collected, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
+            slots = [rollout % S for rollout in collected]
             for slot in slots:
-                rollout = {name: field[slot].numpy() for name, field in rollouts.items()}
-                check_finite(f"from actor {slot // slots_per_actor}, after step {global_step}", rollout)
+                numbers = {name: field[slot] for name, field in rollouts.items()}
+                check_finite(f"from actor {slot % args.num_actors}, after step {global_step}", numbers)
             # Time-major, [T (obs: T + 1), N, ...], with the N = R * C environments of R rollouts
             batch = {name: field[slots].transpose(0, 1).flatten(1, 2).to(device) for name, field in rollouts.items()}
-            actors.issue(newest=version, freed=slots)
+            actors.issue(newest=version, freed=collected)
 
             # ALIGN: advantages of the learner's policy pi_T, on data of the behaviour policies, once per batch
             with torch.no_grad():
@@ -715,10 +699,10 @@ def train(args):
                     mb_obs = b_obs.index_select(0, mb)
                     mb_rows = (mb_obs, b_actions[mb], b_behavior_logprobs[mb], b_learner_ratios[mb], b_targets[mb])
                     loss, logs = vaco_minibatch(agent, args, mb_advantages, *mb_rows)
-                    optimizer.zero_grad()
+                    weights.grad.zero_()
                     loss.backward()
-                    average_gradients(agent)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    average(weights.grad)
+                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)
 
@@ -773,8 +757,7 @@ def train(args):
         if RANK == 0:
             writer.close()
     if global_step < args.total_timesteps:
-        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
-            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])
@@ -788,11 +771,8 @@ def train(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    checkpoint = f"{parser.parse_known_args()[0].resume}/checkpoint.pt"
-    options = {}
-    if os.path.exists(checkpoint):  # the flags of the run to go on with are the defaults
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
-        options["default"] = Args(**saved | {"resume": ""})
-    train(tyro.cli(Args, description=__doc__, **options))
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:  # the flags of the run to go on with are the defaults
+        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
+        args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"]))
+    train(args)

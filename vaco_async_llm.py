@@ -25,7 +25,6 @@ better here than the one that generated (beta), the other scripts' default.
   completions: preallocated slots in shared memory  --- slot numbers, through pipes -------------+
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -34,7 +33,6 @@ import math
 import multiprocessing as mp
 import os
 import re
-import resource
 import signal
 import sys
 import threading
@@ -46,7 +44,6 @@ from datetime import timedelta
 from decimal import Decimal
 from functools import cache, cached_property, partial
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -59,11 +56,10 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
-# Set by torchrun: which of several learners this is, of all and on this host, and how many there are
+# Set by torchrun: which of several learners this is, and how many there are
 RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-CHARTS = {  # stand side by side under "Custom scalars" in TensorBoard
+CHARTS = {  # under "Custom scalars" in TensorBoard
     "accuracy": ["charts/accuracy", "charts/reward"],
     "lag in versions": ["lag/versions_mean", "lag/versions_max"],
     "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
@@ -71,26 +67,21 @@ CHARTS = {  # stand side by side under "Custom scalars" in TensorBoard
     "share of time spent waiting": ["stats/learner_wait", "stats/actor_wait"],
 }
 NUM_PROBLEMS = 2**20  # of a procedural task, for training; then they come again
-# Tasks whose verifiers run completions as code: they get plain expressions and lists only. This is no sandbox
+# Tasks whose verifiers run completions as code
 EVALUATING = {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"}
 EVALUATING |= {"puzzle24", "simple_integration", "spiral_matrix", "string_insertion"}
-FUNCTIONS = {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}  # that expressions may call
-FUNCTIONS |= {"exp", "log", "sqrt", "Abs", "Integral"}
 
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of the training problems, the sampling, the minibatches and the tiny model
-    torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one
     actor_device: Literal["cpu", "cuda"] = "cpu"  # where actors generate; they may share the learner's GPU
     learner_threads: int = 1  # CPU threads of the learner
     actor_threads: int = 1  # CPU threads of each actor; a large model has work for more
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
-    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too: pip install wandb
-    wandb_project_name: str = "vaco"  # the project there
-    wandb_entity: str | None = None  # the user or team there; None: your default
+    track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its model as transformers does: runs/{run}/model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
@@ -149,6 +140,8 @@ class Args:
             raise ValueError(f"--num-minibatches {self.num_minibatches}: a batch has not so many completions")
         if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
             raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
+        if self.task in EVALUATING:
+            raise ValueError(f"--task {self.task}: its verifier runs completions as code")
         if self.task != "gsm8k":
             make_problems(self.task, self.task_config, self.seed % 1024 * NUM_PROBLEMS)
 
@@ -215,8 +208,8 @@ class Problems:
     def score(self, text, entry):
         """What the task's verifier gives a completion, 0 to 1: for what stands in its last <answer> </answer>, if it
         has that; else for its last number, if the answer is a number; else for all of it. Numbers are right or wrong:
-        the library would pay for right digits in a wrong number. What a verifier must not evaluate, or cannot judge in
-        5 seconds of CPU time, gets 0."""
+        the library would pay for right digits in a wrong number. What a verifier cannot judge in 5 seconds of CPU time
+        gets 0."""
         answer = reasoning_gym.utils.extract_answer(text)
         expected = entry["answer"] or ""
         number = re.fullmatch(r"-?(0|[1-9]\d*|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?", expected)
@@ -224,8 +217,6 @@ class Problems:
             answer = last_number(text) if number else text.strip()
         if number and as_number(answer) == as_number(expected):
             return 1.0
-        if self.args.task in EVALUATING:
-            return verify_apart(self.verify, answer, entry) if is_plain(answer) else 0.0
         score = verify_in_time(self.verify, answer, entry)
         return float(score >= 1) if number else score
 
@@ -257,47 +248,18 @@ def verify_in_time(verify, answer, entry, seconds=5):
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def is_plain(text):
-    """Whether a text is safe to evaluate: a list of words and numbers, or an expression that calls FUNCTIONS alone and
-    has no strings, which functions of sympy would evaluate, no attributes, and nothing to index."""
-    if re.fullmatch(r"[\w\s,.'\"\[\]-]*", text) and not re.search(r"\.\s*[^\W\d]", text):
-        return True
-    expression = re.fullmatch(r"[\w\s,.()+*/^-]*", text) and not re.search(r"__|\.\s*[^\W\d]", text)
-    return bool(expression and {*re.findall(r"(\w+|\))\s*\(", text)} <= FUNCTIONS)
-
-
-def verify_apart(verify, answer, entry, seconds=5, gigabytes=1.0):
-    """What a verifier that evaluates answers gives one, in a copy of this process, which the system ends after as much
-    CPU time, and which gets no more than as much new memory: 0 if it fails. Some answers are short and endless."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            limit = int(data[1]) * 2**10 + int(gigabytes * 2**30)
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-            os.write(write, str(float(verify(answer, entry))).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        score = pipe.read()
-    os.waitpid(child, 0)
-    return float(score or 0)
-
-
 class Agent(nn.Module):
     """A causal language model and its tokenizer as a policy: it samples completions, and gives their log-probabilities,
     both at the same temperature and with the same truncation. A completion ends with a stop token, or is cut."""
 
-    def __init__(self, config, generation_config, tokenizer, args):
+    def __init__(self, config, generation_config, tokenizer, args, device="cpu"):
         super().__init__()
         self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.model.generation_config = generation_config
         self.tokenizer = tokenizer
         self.args = args
         self.eval()  # no dropout: it would pass for policy lag
+        self.to(device)
 
     def encode(self, questions):
         """Questions to token ids in the model's chat format, padded on the left: ids and mask (bool) [n, P]."""
@@ -453,12 +415,10 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
         D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
-        keep_i = 1                               if D <= tv_threshold
-                 1[A_i (r_i - anchor_i) <= 0]    otherwise
+        keep_i = 1 if D <= tv_threshold, else 1[A_i (r_i - anchor_i) <= 0]
 
     The sign: grad r A = r A grad log pi, and grad 1/2 |r - anchor| = 1/2 sign(r - anchor) r grad log pi, so ascent on
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
-
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
     policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
@@ -517,47 +477,45 @@ def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_lo
 class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
-    One writer (the learner), many readers, no lock that a killed process could leave taken: a row's stamp is away while
-    the row is written, and a copy counts if the stamp was right before and after it (on x86, stores appear in order).
+    One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
     """
 
     def __init__(self, agent, num_versions):
         super().__init__()
         size = sum(tensor.numel() for tensor in agent.state_dict().values())
         self.register_buffer("rows", torch.zeros(num_versions, size))
-        self.register_buffer("stamps", torch.full((num_versions,), -1))  # the version in each row
-        self.register_buffer("latest", torch.tensor(-1))
+        self.register_buffer("versions", torch.full((num_versions,), -1))  # the one in each row
         self.share_memory()
 
     def publish(self, agent, version):
         """Store the agent's parameters and buffers as `version`, over the oldest one."""
         row = version % len(self.rows)
-        self.stamps[row] = -1
+        self.versions[row] = -1
         self.rows[row] = torch.cat([tensor.flatten() for tensor in agent.state_dict().values()])
-        self.stamps[row] = version
-        self.latest.fill_(version)
+        self.versions[row] = version
 
     def load(self, agent, version):
         """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
         while True:
-            wanted = self.latest.item() if version == LATEST else version
+            wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
-            before = self.stamps[row].item()
-            copy = self.rows[row].clone()
-            if before == self.stamps[row].item() == wanted:
+            whole = self.versions[row].item() == wanted
+            weights = self.rows[row].clone()
+            if whole and self.versions[row].item() == wanted:
                 break
             if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.stamps.tolist()}")
+                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
-        for tensor, part in zip(tensors, copy.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
         return wanted
 
 
 def generator(args, index, attempt, make_agent, make_problems, store, completions, learner):
-    """An actor process. Takes tickets (slot, version, number) from the connection `learner`, loads that version of the
-    model, fills that slot, and sends (slot, version, seconds waited, seconds taken). What is in a rollout depends on
-    its version and number alone, not on `index` and `attempt`."""
+    """An actor process. Takes tickets (rollout, version, number) from the connection `learner`, loads that version of
+    the model, fills the rollout's slot, and sends (rollout, version, seconds waited, seconds taken). What is in a
+    rollout depends on its version and number alone, not on `index` and `attempt`."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
         signal.signal(number, signal.SIG_IGN)
     # Leave with the learner, however it ends, also from the middle of a rollout
@@ -565,17 +523,18 @@ def generator(args, index, attempt, make_agent, make_problems, store, completion
     signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # a stuck actor ends itself, and is replaced
     torch.set_num_threads(args.actor_threads)
     os.nice(args.actor_nice)
-    agent = make_agent().to(f"cuda:{LOCAL_RANK}" if args.actor_device == "cuda" else "cpu")
+    agent = make_agent()
     problems = make_problems()
     while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
         wait_start = time.perf_counter()
-        slot, version, number = learner.recv()
+        rollout, version, number = learner.recv()
         act_start = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)
         version = store.load(agent, version)
-        generate_rollout(args, agent, problems, number, {name: field[slot] for name, field in completions.items()})
-        learner.send((slot, version, act_start - wait_start, time.perf_counter() - act_start))
+        out = {name: field[rollout % len(field)] for name, field in completions.items()}
+        generate_rollout(args, agent, problems, number, out)
+        learner.send((rollout, version, act_start - wait_start, time.perf_counter() - act_start))
 
 
 def generate_rollout(args, agent, problems, number, out):
@@ -597,40 +556,37 @@ def generate_rollout(args, agent, problems, number, out):
     out["rewards"][:] = torch.tensor(list(map(problems.score, agent.decode(tokens, mask), entries)))
 
 
-def ticket(args, slot, rollout):
-    """(slot, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
+def ticket(args, rollout):
+    """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
     what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
     over the versions that exist."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
-        return slot, LATEST, number
+        return rollout, LATEST, number
     if args.lag_schedule == "fixed":
-        return slot, max(batch - args.lag, 0), number
+        return rollout, max(batch - args.lag, 0), number
     draw = np.random.default_rng((args.seed, number)).integers(min(args.lag, batch) + 1)
-    return slot, batch - int(draw), number
+    return rollout, batch - int(draw), number
 
 
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
-    A slot belongs to one actor for good. Rollout j goes to actor j mod N, which fills its slots in turn. A free slot
-    has a ticket as soon as the policy version exists, so actors collect while the learner trains; they are paced by the
-    number of slots, nothing is dropped. The successor of an actor that has died collects from the start what that one
-    owed. `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text.
-    """
+    Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
+    free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
+    slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
+    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
-    def __init__(self, args, slots_per_actor, version, target, *arguments):
+    def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
-        self.slots_per_actor = slots_per_actor
+        self.num_slots = num_slots
         self.first_version = version
         self.target = target  # what a process calls, with these arguments besides its own
         self.arguments = arguments
-        done = version * args.rollouts_per_batch  # rollouts of the batches before this version
-        self.next_rollout = [done + (index - done) % args.num_actors for index in range(args.num_actors)]
-        self.rollout_in = {}  # slot -> the rollout that it is for, until it is free again
-        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
+        self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
+        self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -642,6 +598,8 @@ class Actors:
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
             self.launch(index)
+        first = version * args.rollouts_per_batch
+        self.issue(version, range(first - num_slots, first))
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
@@ -673,20 +631,16 @@ class Actors:
             self.launch(index)
 
     def issue(self, newest, freed=()):
-        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last, `freed` are
-        slots that have been copied and may be filled again."""
-        for slot in freed:
-            del self.rollout_in[slot]
-        for index in range(self.args.num_actors):
-            while True:
-                rollout = self.next_rollout[index]
-                turn = rollout // self.args.num_actors % self.slots_per_actor
-                pending = ticket(self.args, index * self.slots_per_actor + turn, rollout)
-                slot, version, _ = pending
-                if slot in self.rollout_in or version > newest:
+        """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
+        are rollouts that have been copied out of their slots."""
+        for rollout in freed:
+            self.waiting[rollout % self.args.num_actors].append(rollout + self.num_slots)
+        for index, waiting in enumerate(self.waiting):
+            while waiting:
+                pending = ticket(self.args, waiting[0])
+                if pending[1] > newest:
                     break
-                self.rollout_in[slot] = rollout
-                self.next_rollout[index] += self.args.num_actors
+                waiting.popleft()
                 self.pending[index].append(pending)
                 with contextlib.suppress(ConnectionError):  # of an actor that has died: its successor gets it
                     self.connections[index].send(pending)
@@ -707,8 +661,8 @@ class Actors:
                 except (EOFError, OSError):
                     self.replace(index)
                 else:
-                    slot, *_ = self.pending[index].popleft()
-                    self.finished[self.rollout_in[slot]] = message
+                    self.pending[index].popleft()
+                    self.finished[message[0]] = message
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -726,12 +680,10 @@ def connect(args):
     """Join the other learners, where torchrun has started several."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=args.learner_timeout)
-        # A store of its own, which ends with the first learner: in torchrun's, after a restart, learners would find the
-        # addresses of those before
+        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
         store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
-        backend = "cpu:gloo,cuda:nccl" if args.cuda and torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
+        dist.init_process_group(store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
@@ -750,13 +702,19 @@ def average(tensor):
     return tensor
 
 
-def average_gradients(agent):
-    """Replace the gradients by their mean over all learners: one flat all-reduce."""
-    if WORLD_SIZE > 1:
-        gradients = [parameter.grad for parameter in agent.parameters()]
-        vector = average(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+def flatten(agent):
+    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
+    tensor is clipped, stepped and averaged much faster than many small ones."""
+    parameters = list(agent.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
+    vector.grad = torch.zeros_like(vector)
+    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        layout = (parameter.shape, parameter.stride())
+        weights = weights.as_strided(*layout, weights.storage_offset())
+        parameter.data = weights.copy_(parameter.data)
+        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
+    return vector
 
 
 def check_finite(place, numbers):
@@ -770,28 +728,26 @@ def train(args):
     """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
     SystemExit if the run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     connect(args)
-    name = f"runs/{args.task}__{args.exp_name}__{args.seed}"
-    begun = int(time.time())
-    while os.path.exists(f"{name}__{begun}"):  # of a run that began in the same second
-        begun += 1
-    folder = os.path.normpath(args.resume) if args.resume else f"{name}__{begun}"
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # all learners have one folder, and keep it when torchrun restarts them
+    name = f"{args.task}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or f"runs/{name}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set(name, "", folder).decode()
-    os.makedirs(folder, exist_ok=True)
+        folder = torchrun_store.compare_set("folder", "", folder).decode()
     if args.track and RANK == 0:
         import wandb
 
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(folder)}
-        wandb.init(**where, id=where["name"], resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        name = os.path.basename(folder)
+        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and args.cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
     problems = Problems(args)
     model, tokenizer = load_language_model(args, problems)
     make_agent = partial(Agent, model.config, model.generation_config, tokenizer, args)
+    make_actor = partial(make_agent, device if args.actor_device == "cuda" else "cpu")
     agent = make_agent()
     agent.model.load_state_dict(model.state_dict())
     del model
@@ -801,12 +757,13 @@ def train(args):
         agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's
     agent.to(device)
     reference = copy.deepcopy(agent) if args.kl_coef else None
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    weights = flatten(agent)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
-    slots_per_actor = math.ceil(args.rollouts_per_batch / args.num_actors)
-    size = (args.num_actors * slots_per_actor, args.prompts_per_rollout * args.group_size)
+    S = args.num_actors * math.ceil(args.rollouts_per_batch / args.num_actors)
+    size = (S, args.prompts_per_rollout * args.group_size)
     completions = {  # prompts end, and completions begin, at the border between the two
         "prompts": torch.zeros(*size, args.max_prompt_tokens, dtype=torch.long).share_memory_(),
         "prompt_mask": torch.zeros(*size, args.max_prompt_tokens, dtype=torch.bool).share_memory_(),
@@ -821,10 +778,8 @@ def train(args):
     accuracies = []  # before training, and at each evaluation
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    saved = None
-    if RANK == 0 and os.path.exists(checkpoint):
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    saved = gather(saved)[0]
+    resumed = RANK == 0 and os.path.exists(checkpoint)
+    saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved[name])
@@ -835,8 +790,8 @@ def train(args):
 
     def save():
         """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
-        state = {"args": vars(args), "global_step": global_step, "version": version, "accuracies": accuracies}
-        state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
+        state = {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
+        state |= {"args": vars(args), "global_step": global_step, "version": version, "accuracies": accuracies}
         if RANK == 0:
             torch.save(state, f"{checkpoint}.tmp")
             os.replace(f"{checkpoint}.tmp", checkpoint)
@@ -846,9 +801,8 @@ def train(args):
         writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    actors = Actors(args, slots_per_actor, version, generator, make_agent, partial(Problems, args), store, completions)
+    actors = Actors(args, S, version, generator, make_actor, partial(Problems, args), store, completions)
     try:
-        actors.issue(newest=version)
         if not saved:
             accuracies.append(accuracy(agent, problems, device))
             if RANK == 0:
@@ -864,9 +818,10 @@ def train(args):
             if stop_reasons:  # all learners end after the same batch
                 break
             learner_wait = time.perf_counter() - wait_start
-            slots, versions, wait_times, act_times = map(list, zip(*collected, strict=True))
+            collected, versions, wait_times, act_times = map(list, zip(*collected, strict=True))
+            slots = [rollout % S for rollout in collected]
             batch = {name: field[slots].flatten(0, 1) for name, field in completions.items()}  # S of all rollouts
-            actors.issue(newest=version, freed=slots)
+            actors.issue(newest=version, freed=collected)
             check_finite(f"in the data of batch {version}", batch)
             # Without columns that are padding alone
             prompt_columns = batch["prompt_mask"].any(0)
@@ -897,10 +852,10 @@ def train(args):
                     mb_inputs = [field[mb] for field in inputs]
                     mb_logprobs = [logprobs[mb] for logprobs in b_logprobs]
                     loss, logs = llm_minibatch(agent, args, b_advantages[mb], mb_inputs, *mb_logprobs)
-                    optimizer.zero_grad()
+                    weights.grad.zero_()
                     loss.backward()
-                    average_gradients(agent)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    average(weights.grad)
+                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)
 
@@ -969,8 +924,7 @@ def train(args):
         if RANK == 0:
             writer.close()
     if version < args.total_batches:
-        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
-            print(f"stopped at batch {version}; --resume {folder} goes on from there", file=sys.stderr)
+        print(f"stopped at batch {version}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         change = f"{accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} held-out problems"
@@ -985,11 +939,8 @@ def train(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    checkpoint = f"{parser.parse_known_args()[0].resume}/checkpoint.pt"
-    options = {}
-    if os.path.exists(checkpoint):  # the flags of the run to go on with are the defaults
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
-        options["default"] = Args(**saved | {"resume": ""})
-    train(tyro.cli(Args, description=__doc__, **options))
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:  # the flags of the run to go on with are the defaults
+        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
+        args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"]))
+    train(args)
