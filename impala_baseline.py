@@ -21,6 +21,7 @@ import math
 import multiprocessing as mp
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from multiprocessing.connection import wait
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import envpool
 import gymnasium as gym
@@ -123,10 +124,20 @@ class Args:
         for name, defaults in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[atari])
-        for name, value in vars(self).items():
+        for name, hint in get_type_hints(Args).items():
+            choices = get_args(hint) or (hint,)  # of a Literal, or types
+            value = getattr(self, name)
+            value = value.item() if isinstance(value, np.generic) else value  # a checkpoint cannot hold NumPy's
+            if int in choices and isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if float in choices and type(value) is int:
+                value = float(value)
+            if value not in choices and type(value) not in choices:
+                raise ValueError(f"{name}={value!r}: must be {' or '.join(str(choice) for choice in choices)}")
+            setattr(self, name, value)
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
             lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            if isinstance(value, (int, float)) and value < lowest:
+            if type(value) in (int, float) and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -156,7 +167,11 @@ class ContinuousEnvs:
             self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
             obs, _ = self.envs.reset()
         else:
-            self.envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
+            envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
+            envs._add_info = lambda infos, *_: infos  # nothing here needs them, and they may not fit together
+            if not envs.single_observation_space.is_np_flattenable:
+                raise ValueError(f"its observations, {envs.single_observation_space}, have no fixed size")
+            self.envs = gym.wrappers.vector.FlattenObservation(envs)
             obs, _ = self.envs.reset(seed=seed)
         self.obs = self.flatten(obs)
         self.space = self.envs.single_action_space
@@ -229,7 +244,8 @@ def continuous_sizes(env_id):
     try:
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
     except Exception as error:  # whatever its constructor raises
-        raise ValueError(f"--env-id {env_id} cannot be used: {type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--env-id {env_id} (yours: my_module:MyEnv-v0) cannot be used: {reason}") from None
     return envs.obs.shape[1], math.prod(envs.space.shape)
 
 
@@ -521,6 +537,7 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
+        self.answered = False  # whether any actor has finished a rollout
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -558,7 +575,8 @@ class Actors:
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
-        if self.restarts > self.args.max_actor_restarts:
+        # One that raises before the first rollout of the run will do so again
+        if self.restarts > (self.args.max_actor_restarts if self.answered else 1):
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
@@ -597,6 +615,7 @@ class Actors:
                 else:
                     self.pending[index].popleft()
                     self.finished[message[0]] = message
+                    self.answered = True
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -745,8 +764,12 @@ def train(args):
     resumed = RANK == 0 and os.path.exists(checkpoint)
     saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
-        for name, module in modules.items():
-            module.load_state_dict(saved[name])
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(saved[name])
+        except (RuntimeError, ValueError) as error:  # other sizes, of other observations, actions or lag
+            print(f"--resume {folder}: does not fit: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
+            sys.exit(2)
         for name, moments in statistics.items():
             vars(moments).update({moment: np.asarray(value) for moment, value in saved[name].items()})
         torch.set_rng_state(saved["rng"])
@@ -871,18 +894,20 @@ def train(args):
             if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
                 recent = np.mean(last_returns or [math.nan])
-                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.1f}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
+                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.4g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
         save()
     finally:
         actors.stop()
         if RANK == 0:
             writer.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
+            advice = f"; --resume {folder} goes on from there" if global_step else ""
+            print(f"stopped at step {global_step}{advice}", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])
-        print(f"{args.env_id}, seed {args.seed}: return {recent:.1f} after {global_step} steps; logs in {folder}")
+        print(f"{args.env_id}, seed {args.seed}: return {recent:.4g} after {global_step} steps; logs in {folder}")
         if args.save_model:
             torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
             print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
@@ -892,8 +917,10 @@ def train(args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    # Whole numbers may be written as 1e6
+    words = [re.sub(r"(?<![^=])\d+e\d+$", lambda found: str(int(float(found[0]))), word) for word in sys.argv[1:]]
+    args = tyro.cli(Args, description=__doc__, args=words)
     if args.resume:  # the flags of the run to go on with are the defaults
         saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-        args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"]))
+        args = tyro.cli(Args, description=__doc__, args=words, default=Args(**saved["args"]))
     train(args)

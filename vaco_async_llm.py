@@ -44,7 +44,7 @@ from datetime import timedelta
 from decimal import Decimal
 from functools import cache, cached_property, partial
 from multiprocessing.connection import wait
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import reasoning_gym
@@ -130,9 +130,19 @@ class Args:
     def __post_init__(self):
         lowest = {"group_size": 2, "temperature": 0.001}
         may_be_0 = ("seed", "actor_nice", "checkpoint_interval", "max_actor_restarts", "top_k", "lag", "warmup_batches")
-        for name, value in vars(self).items():
+        for name, hint in get_type_hints(Args).items():
+            choices = get_args(hint) or (hint,)  # of a Literal, or types
+            value = getattr(self, name)
+            value = value.item() if isinstance(value, np.generic) else value  # a checkpoint cannot hold NumPy's
+            if int in choices and isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if float in choices and type(value) is int:
+                value = float(value)
+            if value not in choices and type(value) not in choices:
+                raise ValueError(f"{name}={value!r}: must be {' or '.join(str(choice) for choice in choices)}")
+            setattr(self, name, value)
             least = lowest.get(name, int(type(value) is int and name not in may_be_0))
-            if isinstance(value, (int, float)) and value < least:
+            if type(value) in (int, float) and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -587,6 +597,7 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
+        self.answered = False  # whether any actor has finished a rollout
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -624,7 +635,8 @@ class Actors:
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
-        if self.restarts > self.args.max_actor_restarts:
+        # One that raises before the first rollout of the run will do so again
+        if self.restarts > (self.args.max_actor_restarts if self.answered else 1):
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
@@ -663,6 +675,7 @@ class Actors:
                 else:
                     self.pending[index].popleft()
                     self.finished[message[0]] = message
+                    self.answered = True
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -781,8 +794,12 @@ def train(args):
     resumed = RANK == 0 and os.path.exists(checkpoint)
     saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
-        for name, module in modules.items():
-            module.load_state_dict(saved[name])
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(saved[name])
+        except (RuntimeError, ValueError) as error:  # other sizes, of other observations, actions or lag
+            print(f"--resume {folder}: does not fit: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
+            sys.exit(2)
         torch.set_rng_state(saved["rng"])
         global_step = saved["global_step"]
         version = saved["version"]
@@ -924,7 +941,9 @@ def train(args):
         if RANK == 0:
             writer.close()
     if version < args.total_batches:
-        print(f"stopped at batch {version}; --resume {folder} goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
+            advice = f"; --resume {folder} goes on from there" if version else ""
+            print(f"stopped at batch {version}{advice}", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         change = f"{accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} held-out problems"
@@ -939,8 +958,10 @@ def train(args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    # Whole numbers may be written as 1e6
+    words = [re.sub(r"(?<![^=])\d+e\d+$", lambda found: str(int(float(found[0]))), word) for word in sys.argv[1:]]
+    args = tyro.cli(Args, description=__doc__, args=words)
     if args.resume:  # the flags of the run to go on with are the defaults
         saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-        args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"]))
+        args = tyro.cli(Args, description=__doc__, args=words, default=Args(**saved["args"]))
     train(args)
