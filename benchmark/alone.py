@@ -39,10 +39,10 @@ def alone(script, part, seconds):
     """`script.Actors` with the other side taken away, which raises Done after some seconds."""
 
     class Alone(script.Actors):
-        batches, begun = 0, None
+        batches, begun, messages = 0, None, None
 
-        def __init__(self, args, slots_per_actor, version, target, make_agent, *arguments):
-            super().__init__(args, slots_per_actor, version, target, make_agent, *arguments)
+        def __init__(self, args, num_slots, version, target, make_agent, *arguments):
+            super().__init__(args, num_slots, version, target, make_agent, *arguments)
             print(f"{sum(parameter.numel() for parameter in make_agent().parameters())} parameters")
 
         def count(self):
@@ -65,14 +65,14 @@ def alone(script, part, seconds):
                     self.issue(newest=0, freed=[message[0] for message in messages])
                     self.count()
                 return []
-            if batch == 0:
+            if self.messages is None:
                 self.messages = super().collect(batch)
                 self.stop()
             self.count()
             return self.messages
 
         def issue(self, newest, freed=()):
-            if part == "actors" or (newest == 0 and not freed):  # the learner's first batch
+            if part == "actors" or self.messages is None:  # the learner's first batch
                 super().issue(newest, freed)
 
     return Alone

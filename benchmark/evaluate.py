@@ -67,16 +67,16 @@ def build(script, flags, weights):
     return agent, make_envs
 
 
-def play(agent, envs, generator=None, on_frame=None):
-    """Play one whole episode in a single environment and return its return. Actions are sampled with the generator, the
-    most likely ones without. `on_frame` is called with each frame [height, width, 3]."""
+def play(agent, envs, greedy, on_frame=None):
+    """Play one whole episode in a single environment, with the most likely actions or with sampled ones, and return its
+    return. `on_frame` is called with each frame [height, width, 3]."""
     episodes = []
     with torch.inference_mode():
         while not episodes:
             if on_frame:
                 on_frame(np.ascontiguousarray(envs.envs.render()[0]))
-            actions, _ = agent.act(torch.from_numpy(envs.obs), generator)
-            *_, episodes = envs.step(actions.numpy())
+            actions, _ = agent.act(torch.from_numpy(envs.obs), greedy)
+            _, episodes = envs.step(actions.numpy())
     return float(episodes[0][0])
 
 
@@ -90,7 +90,7 @@ def film(agent, envs, path):
     fps = metadata.get("render_fps", 15 if envs.obs.dtype == np.uint8 else 30)
     writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
     writer.send(None)
-    episode_return = play(agent, envs, on_frame=writer.send)
+    episode_return = play(agent, envs, greedy=True, on_frame=writer.send)
     writer.close()
     print(f"video of an episode with the most likely actions, return {episode_return:.1f}: {path}")
 
@@ -98,9 +98,10 @@ def film(agent, envs, path):
 def evaluate_episodes(args, script, flags, weights):
     """Returns {"deterministic": [return of each episode], "sampled": ...}, printed, too."""
     agent, make_envs = build(script, flags, weights)
+    torch.manual_seed(args.seed)
     results = {}
-    for name, generator in (("deterministic", None), ("sampled", torch.Generator().manual_seed(args.seed))):
-        returns = [play(agent, make_envs(1, args.seed + i), generator) for i in range(args.episodes)]
+    for name, greedy in (("deterministic", True), ("sampled", False)):
+        returns = [play(agent, make_envs(1, args.seed + i), greedy) for i in range(args.episodes)]
         each = " ".join(f"{episode_return:.1f}" for episode_return in returns)
         print(f"{name}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)}: {each}", flush=True)
         results[name] = returns
@@ -117,7 +118,7 @@ def evaluate_language_model(args, script, flags, weights):
     device = torch.device("cuda" if torch.cuda.is_available() and flags.cuda else "cpu")
     problems = script.Problems(flags)
     model, tokenizer = script.load_language_model(flags, problems)
-    agent = script.Agent(model.config, model.generation_config, tokenizer, flags).to(device)
+    agent = script.Agent(model.config, model.generation_config, tokenizer, flags, device)
     agent.load_state_dict(weights)
     results = {}
     for name, sample in (("greedy", False), ("sampled", True)):

@@ -1,4 +1,4 @@
-"""Steps per second of our scripts, side by side with Stable-Baselines3 and Sample Factory, on the same cores.
+"""Steps per second of our scripts, side by side with CleanRL, Stable-Baselines3, TorchRL and Sample Factory.
 
     bash benchmark/throughput.sh                      # installs the peers, then runs all three times in turn
     python benchmark/throughput.py --only mujoco      # our continuous control alone, without peers
@@ -39,7 +39,7 @@ SAMPLE_FACTORY += " --max_policy_lag=1000000"  # counted in gradient steps; it w
 
 
 PEERS = {  # virtual environments, and what is told of them
-    "sb3": {"stable_baselines3", "torch", "gymnasium", "mujoco", "ale-py", "numpy"},
+    "sb3": {"stable_baselines3", "torchrl", "torch", "gymnasium", "mujoco", "ale-py", "envpool", "numpy"},
     "sf": {"sample-factory", "torch", "gymnasium", "mujoco", "ale-py", "numpy"},
 }
 
@@ -65,6 +65,9 @@ PROGRAMS = [
     Program("mujoco: the same, --num-actors 16", "../vaco_async_mujoco.py --num-actors 16", 300_000, 156.25),
     Program("mujoco: ppo_async_baseline.py", "../ppo_async_baseline.py", 300_000, 156.25),
     Program("mujoco: Stable-Baselines3 PPO", "peers/sb3.py mujoco {steps} 1 {out}", 120_000, 156.25, "sb3"),
+    Program("mujoco: CleanRL PPO, one environment", "peers/cleanrl.py gymnasium {steps} {out}", 80_000, 156.25, "sb3"),
+    Program("mujoco: CleanRL PPO, 16 of envpool", "peers/cleanrl.py envpool {steps} {out}", 120_000, 156.25, "sb3"),
+    Program("mujoco: TorchRL PPO, one environment", "peers/torchrl_ppo.py {steps} {out}", 40_000, 156.25, "sb3"),
     Program(
         "mujoco: Sample Factory, asynchronous, its own environments",
         f"-m sf_examples.mujoco.train_mujoco --env=mujoco_halfcheetah --num_workers=4 --num_envs_per_worker=4 "

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures our scripts and, side by side, Stable-Baselines3 and Sample Factory, each in a virtual environment of its own.
+# Measures our scripts and, side by side, CleanRL's PPO, Stable-Baselines3 and TorchRL, and Sample Factory, which have
+# virtual environments of their own.
 # Leave the machine alone meanwhile.
 #   bash benchmark/throughput.sh [--smoke] [flags of throughput.py, for instance --rounds 5]
 # --smoke, first: short runs of our continuous control, without peers, into a folder of their own.
@@ -27,7 +28,7 @@ install() {
 }
 if [ ! $smoke ]; then
     install sb3 stable-baselines3==2.9.2 tensorboard==2.21.0 "gymnasium[mujoco]==1.4.0" mujoco==4.0.0 ale-py==0.12.1 \
-        opencv-python-headless==5.0.0.93
+        opencv-python-headless==5.0.0.93 envpool==1.2.5 torchrl==0.14.1 tensordict==0.14.3
     # Not its extras: they pin what no longer installs
     install sf sample-factory==2.1.1 gymnasium==0.29.1 numpy==1.26.4 ale-py==0.10.2 mujoco==2.3.7 imageio==2.38.1
     set -- --peers "$peers" "$@"
