@@ -181,7 +181,7 @@ class ContinuousEnvs:
         self.obs = self.flatten(obs)
         self.space = self.envs.single_action_space
         if not isinstance(self.space, gym.spaces.Box) or not np.issubdtype(self.space.dtype, np.floating):
-            raise ValueError(f"its actions are {self.space}, not a Box of floating-point numbers")
+            raise ValueError(f"its actions are {self.space}, not floating-point (Atari games: vaco_async_atari.py)")
         bounded = np.isfinite(self.space.low) & np.isfinite(self.space.high)
         self.low = np.where(bounded, self.space.low, -1)  # where actions of -1 and 1 are
         self.high = np.where(bounded, self.space.high, 1)
@@ -524,6 +524,8 @@ class Actors:
     `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
+        if mp.current_process().daemon:
+            raise RuntimeError("a daemonic process cannot start actors: use concurrent.futures.ProcessPoolExecutor")
         self.args = args
         self.num_slots = num_slots
         self.first_version = version

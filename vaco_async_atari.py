@@ -37,7 +37,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Literal, get_args, get_type_hints
 
@@ -175,15 +175,17 @@ class AtariEnvs:
         return {"rewards": rewards, "terminated": terminated, "truncated": truncated}, episodes
 
 
-@cache
+def is_atari(env_id):
+    """Whether a task is an Atari game of envpool."""
+    return env_id in envpool.list_all_envs() and hasattr(envpool.make_spec(env_id).config, "full_action_space")
+
+
 def atari_actions(env_id):
     """The number of actions of an Atari game. Raises ValueError if envpool has no such game."""
-    spec = None
-    with contextlib.suppress(Exception):  # the task is unknown, or needs a library that is not there
-        spec = envpool.make_spec(env_id)
-    if not hasattr(getattr(spec, "config", None), "full_action_space"):
-        raise ValueError(f"--env-id {env_id}: not an Atari game of envpool, such as Pong-v5")
-    return int(spec.action_space.n)
+    if not is_atari(env_id):
+        name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id) + "-v5"
+        raise ValueError(f"--env-id {env_id}: no Atari game of envpool, use {name if is_atari(name) else 'Pong-v5'}")
+    return int(envpool.make_spec(env_id).action_space.n)
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -424,6 +426,8 @@ class Actors:
     `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
+        if mp.current_process().daemon:
+            raise RuntimeError("a daemonic process cannot start actors: use concurrent.futures.ProcessPoolExecutor")
         self.args = args
         self.num_slots = num_slots
         self.first_version = version

@@ -346,6 +346,15 @@ def load_language_model(args, problems):
             source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    room = getattr(config, "max_position_embeddings", None) or math.inf
+    if rope.get("rope_type") == "longrope":  # beyond it, generation and training would scale positions differently
+        room = rope.get("original_max_position_embeddings") or room
+    if args.max_prompt_tokens + args.max_new_tokens > room:
+        sys.exit(f"--max-prompt-tokens and --max-new-tokens: {args.model} has room for {room} tokens, both included")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        sys.exit(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, more than the model")
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     # The format of a base model, which has none
@@ -589,6 +598,8 @@ class Actors:
     `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
+        if mp.current_process().daemon:
+            raise RuntimeError("a daemonic process cannot start actors: use concurrent.futures.ProcessPoolExecutor")
         self.args = args
         self.num_slots = num_slots
         self.first_version = version

@@ -482,10 +482,15 @@ def cell(value, low, high, count):
     return f"{value:.2f}{bounds} ({count})" if np.isfinite(value) else ""
 
 
+def digits(value):
+    """A return for people: whole from 100 on, else four significant digits."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
 def spread(values):
     """ "1050 ± 120 (5)": mean, standard deviation, and how many seeds they are from."""
-    deviation = f" ± {np.std(values, ddof=1):.0f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.0f}{deviation} ({len(values)})" if values else ""
+    deviation = f" ± {digits(np.std(values, ddof=1))}" if len(values) > 1 else ""
+    return f"{digits(np.mean(values))}{deviation} ({len(values)})" if values else ""
 
 
 def programs(results):
@@ -530,7 +535,7 @@ def tables(results):
     for env_id in results.env_ids:
         text = f"{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score 0 is"
         text += (
-            f" {round(results.zero[env_id])} (untrained), 1 is {round(results.one[env_id])} ({results.best[env_id]})"
+            f" {digits(results.zero[env_id])} (untrained), 1 is {digits(results.one[env_id])} ({results.best[env_id]})"
         )
         add(text, lambda m, x, env_id=env_id: spread(list(results.returns(m, env_id, x).values())))
     parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")

@@ -102,13 +102,16 @@ def command_of(method, env_id, seed, lag, args):
 
 
 def read_records(path):
-    """All records of a file of results; lines that a killed runner left half-written are named and skipped."""
+    """All records of a file of results; lines that a killed runner left half-written are named and skipped. Raises
+    SystemExit if it is another kind of file."""
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             print(f"warning: {path}, line {number}: no record, maybe half-written; skipped", file=sys.stderr)
+    if not all(isinstance(record, dict) and "command" in record for record in records):
+        raise SystemExit(f"error: {path}: is no file of results")
     return records
 
 
@@ -150,7 +153,7 @@ def measure(run, steps):
     metrics = [tag for tag in tags if tag.startswith(METRICS)]
     return {
         "grid": [steps * (i + 1) // STRETCHES for i in range(STRETCHES)],
-        "returns": [round(float(np.mean(values)), 2) if values else None for values in stretches],
+        "returns": [float(np.mean(values)) if values else None for values in stretches],
         "metrics": {tag: float(f"{np.mean([e.value for e in events.Scalars(tag)]):.5g}") for tag in metrics},
         "sps": round(events.Scalars("charts/SPS")[-1].value) if "charts/SPS" in tags else None,
     }
@@ -167,7 +170,7 @@ def outcome(returncode, output, folder, steps):
         return {"return": None, "episodes": 0, "diverged": reason[:300]} | measure(run, steps) | {"metrics": {}}
     checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     returns = checkpoint["last_returns"]
-    result = {"return": round(float(np.mean(returns)), 1) if returns else None, "episodes": len(returns)}
+    result = {"return": float(np.mean(returns)) if returns else None, "episodes": len(returns)}
     return result | measure(run, steps) | {"global_step": checkpoint["global_step"]}
 
 

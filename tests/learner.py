@@ -29,7 +29,7 @@ DEEDS = {
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
 RANDPERM = torch.randperm
-AT_FIRST, AT_LAST = "kill at first", "kill at last"  # before `train` and after it; the other deeds, at version 4
+AT_FIRST = "kill at first"  # before `train`; the other deeds, at version 4
 
 
 class AsByLearners:
@@ -63,6 +63,13 @@ class AsByLearners:
     chunk = tensor_split
 
 
+def actor_of_two_learners(args, index, *others):
+    """Actor `index` of one learner draws what actor `index` mod 2 of learner `index` // 2 draws."""
+    script = importlib.import_module(args.exp_name)
+    script.RANK, index = divmod(index, 2)
+    script.actor(args, index, *others)
+
+
 def main():
     script, options, published = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2]), []
     args = script.Args(**options["flags"])
@@ -88,8 +95,6 @@ def main():
         script.train(args)
     finally:
         torch.save(published, f"learner{script.RANK}.pt")
-    if deed == AT_LAST:
-        DEEDS["kill"]()
 
 
 if __name__ == "__main__":

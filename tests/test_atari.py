@@ -39,7 +39,7 @@ def at_collection(monkeypatch, script, deed):
     def collect_and_do(self, batch):
         collected = collect(self, batch)
         if collected:  # not if the run must end
-            deed(self.arguments[-1], [slot for slot, *_ in collected])
+            deed(self.arguments[-1], [rollout % self.num_slots for rollout, *_ in collected])
         return collected
 
     monkeypatch.setattr(script.Actors, "collect", collect_and_do)
@@ -58,12 +58,12 @@ def test_scores_are_raw_and_of_whole_games(game, limit):
     scores, lengths, valid = [0.0] * 3, [0] * 3, [True] * 3
     for _ in range(1200):
         actions = rng.integers(0, num_actions, 3).astype(np.int32)
-        rewards, terminated, truncated, episodes = envs.step(actions)
+        fields, episodes = envs.step(actions)
         ended += episodes
-        clipped |= set(rewards.tolist())
+        clipped |= set(fields["rewards"].tolist())
         for i, env in enumerate(plain):
             _, (reward,), (plain_terminated,), (plain_truncated,), info = env.step(actions[i : i + 1])
-            assert (terminated[i], truncated[i]) == (plain_terminated, plain_truncated)
+            assert (fields["terminated"][i], fields["truncated"][i]) == (plain_terminated, plain_truncated)
             scores[i], lengths[i], raw = scores[i] + reward, lengths[i] + valid[i], raw | {float(reward)}
             valid[i] = not (plain_terminated or plain_truncated)
             cut += plain_truncated
@@ -85,7 +85,7 @@ class ScriptedGame:
     def info(self):
         lives = next(self.lives)
         over = np.array([lives == 0])
-        return {"env_id": np.arange(1), "lives": np.array([lives]), "reward": np.ones(1), "terminated": over}
+        return {"lives": np.array([lives]), "reward": np.ones(1), "terminated": over}
 
     def reset(self):
         next(self.terminated)
@@ -101,7 +101,7 @@ def test_a_game_that_ends_unseen_in_a_dummy_step_has_its_score(monkeypatch):
     episodes, valid = [], []
     for _ in range(5):
         valid.append(bool(envs.valid[0]))
-        episodes.append(envs.step(np.zeros(1))[3])
+        episodes.append(envs.step(np.zeros(1))[1])
     assert valid == [True, True, False, True, True]
     assert episodes == [[], [], [[2.0, 2.0]], [], [[3.0, 2.0]]]  # what the dummy step pays is the new game's
 
@@ -111,8 +111,8 @@ def test_rewards_are_clipped_for_the_learner_alone_and_only_if_asked():
     for reward_clip in (True, False):
         envs = AtariEnvs("MsPacman-v5", 2, 3, episodic_life=True, reward_clip=reward_clip)
         steps = [envs.step(rng.integers(0, 9, 2)) for _ in range(600)]
-        seen[reward_clip] = {reward for rewards, *_ in steps for reward in rewards.tolist()}
-        assert max(score for *_, ended in steps for score, _ in ended) >= 60
+        seen[reward_clip] = {reward for fields, _ in steps for reward in fields["rewards"].tolist()}
+        assert max(score for _, ended in steps for score, _ in ended) >= 60
     assert seen[True] == {0.0, 1.0} and seen[False] >= {0.0, 10.0}
 
 
@@ -131,7 +131,7 @@ def test_logprobs_and_entropy_are_the_categoricals():
     agent, obs = CnnAgent(6), torch.randint(0, 256, (3, 2, 84, 84, 4), dtype=torch.uint8)
     with torch.no_grad():
         agent.actor.weight.mul_(300)  # far from uniform
-        actions, logprobs = agent.act(obs[0], torch.Generator().manual_seed(0))
+        actions, logprobs = agent.act(obs[0])
         distribution = torch.distributions.Categorical(logits=agent.actor(agent.features(obs)))
         given = torch.randint(0, 6, (3, 2))
         evaluated, entropies, values = agent.evaluate(obs, given)
@@ -147,10 +147,9 @@ def test_actions_are_drawn_with_their_probabilities():
     with torch.no_grad():
         agent.actor.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
         expected = agent.actor(agent.features(obs)).softmax(-1)[0]
-        generator = torch.Generator().manual_seed(0)
         features = agent.features(obs)
         agent.features = lambda obs: features.expand(len(obs), -1)  # the CNN once only
-        actions, _ = agent.act(obs.expand(20_000, -1, -1, -1), generator)
+        actions, _ = agent.act(obs.expand(20_000, -1, -1, -1))
     np.testing.assert_allclose(np.bincount(actions, minlength=3) / 20_000, expected, atol=0.02)
 
 
@@ -159,13 +158,12 @@ def test_zero_lag_ratio_is_one(bf16):
     """Actors see C rows at a time, the learner whole batches: probabilities agree all the same, also in bfloat16."""
     torch.manual_seed(0)
     agent, obs = CnnAgent(6, bf16), torch.randint(0, 256, (20, 4, 84, 84, 4), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
         acting, store = CnnAgent(6, bf16, trained=False), PolicyStore(agent, 1)
         store.publish(agent, 0)
         store.load(acting, 0)
-        actions, logprobs = map(torch.stack, zip(*(acting.act(step, generator) for step in obs), strict=True))
+        actions, logprobs = map(torch.stack, zip(*map(acting.act, obs), strict=True))
         ratios = (agent.evaluate(obs, actions)[0] - logprobs).exp()
     assert logprobs.std() > 0.1 and ratios.dtype == torch.float32
     torch.testing.assert_close(ratios, torch.ones_like(ratios), atol=1e-2 if bf16 else 1e-4, rtol=0)
@@ -258,11 +256,10 @@ class Started(Exception):
 def made_of(script, monkeypatch, args):
     """(make_agent, make_envs) of the actors that `train` would start."""
 
-    def refuse(self, args, slots_per_actor, version, target, *arguments):
+    def refuse(self, args, num_slots, version, target, *arguments):
         raise Started(*arguments[:2])
 
     monkeypatch.setattr(script.Actors, "__init__", refuse)
-    monkeypatch.setattr(script.Actors, "stop", lambda self: None)
     with pytest.raises(Started) as caught:
         script.train(args)
     return caught.value.args
@@ -275,11 +272,6 @@ def test_learner_threads_and_what_actors_are_made_of(script, monkeypatch):
     assert {parameter.dtype for parameter in make_agent().network.parameters()} == {torch.bfloat16}
     assert make_envs.args == ("Breakout-v5", 2)
     assert make_envs.keywords == {"episodic_life": True, "reward_clip": True, "repeat_action_probability": 0.0}
-
-
-def test_actor_device_is_the_actors(monkeypatch):
-    make_agent, _ = made_of(vaco_async_atari, monkeypatch, replace(SMALL, actor_device="cuda"))
-    assert make_agent.args == (4, False, torch.device("cuda:0"))
 
 
 def test_every_flag_of_vaco_and_of_the_environment_changes_the_result():

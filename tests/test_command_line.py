@@ -31,7 +31,7 @@ def test_wrong_flags_are_named_in_one_line(flags):
     with pytest.raises(ValueError) as caught:
         Args(**flags)
     ((name, value),) = flags.items()
-    assert str(caught.value).startswith(f"--{name.replace('_', '-')} {value}: ")
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')} {value}")
     assert "\n" not in str(caught.value)
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from unittest import mock
 
 import envpool
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.wrappers.utils import RunningMeanStd
 
 import vaco_async_mujoco
 from vaco_async_mujoco import (
@@ -21,9 +21,7 @@ from vaco_async_mujoco import (
     PolicyStore,
     actor,
     continuous_sizes,
-    discounted_returns,
     ticket,
-    update_statistics,
     vtrace,
 )
 
@@ -40,7 +38,7 @@ def run_actor(args, index, attempt, tickets, *arguments):
     return [call.args[0] for call in learner.send.call_args_list]
 
 
-def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
+def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None, index=0, attempt=0):
     """Slots filled by an actor, {field: [slots, T (obs: T + 1), C, ...]}, with the agent and what the actor sent."""
     obs_size, action_size = continuous_sizes(env_id)
     torch.manual_seed(0)
@@ -48,19 +46,20 @@ def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None):
     store = PolicyStore(agent, num_versions=2)
     store.publish(agent, 0)
     shape = (num_rollouts, num_steps, num_envs)
-    rollouts = {name: torch.zeros(shape) for name in ("logprobs", "rewards")}
+    rollouts = {name: torch.zeros(shape) for name in ("logprobs", "rewards", "discounted")}
     rollouts |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("terminated", "truncated", "valid")}
     rollouts["obs"] = torch.zeros(num_rollouts, num_steps + 1, num_envs, obs_size)
     rollouts["actions"] = torch.zeros(*shape, action_size)
     args = Args(num_envs=num_envs, num_steps=num_steps, num_minibatches=1)
-    tickets = [(slot, LATEST, slot) for slot in range(num_rollouts)]
+    tickets = [(rollout, LATEST, rollout) for rollout in range(num_rollouts)]
     given_seed = seed  # so that tests can make the same environments
 
     def make_envs(seed):
         return ContinuousEnvs(env_id, num_envs, given_seed)
 
-    messages = run_actor(args, 0, 0, tickets, partial(MlpAgent, obs_size, action_size), make_envs, store, rollouts)
-    assert [message[:2] for message in messages] == [(slot, 0) for slot in range(num_rollouts)]
+    make_agent = partial(MlpAgent, obs_size, action_size)
+    messages = run_actor(args, index, attempt, tickets, make_agent, make_envs, store, rollouts)
+    assert [message[:2] for message in messages] == [(rollout, 0) for rollout in range(num_rollouts)]
     return SimpleNamespace(**rollouts), agent, messages
 
 
@@ -100,7 +99,7 @@ def test_truncation_bootstraps_the_true_last_observation():
     uncut = envpool.make("Pendulum-v1", "gymnasium", num_envs=3, seed=5, num_threads=1, max_episode_steps=400)
     uncut.reset()
     for t in range(200):
-        last_obs = uncut.step(np.clip(rollouts.actions[0, t].numpy(), -2, 2))[0]
+        last_obs = uncut.step(np.clip(2 * rollouts.actions[0, t].numpy(), -2, 2))[0]
     np.testing.assert_allclose(rollouts.obs[0, 200].numpy(), last_obs, atol=1e-6)
 
     rewards, truncated = rollouts.rewards[0], rollouts.truncated[0].float()
@@ -121,7 +120,7 @@ def test_zero_lag_ratio_is_one(env_id):
         for parameter in agent.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         agent.obs_mean.normal_()
-        agent.obs_var.uniform_(0.1, 10)
+        agent.obs_std.uniform_(0.3, 3)
     rollouts, _, _ = collect(env_id, num_steps=64, num_envs=8, agent=agent)
     with torch.no_grad():
         logprobs, _, _ = agent.evaluate(agent.normalize(rollouts.obs[:, :-1]), rollouts.actions)
@@ -157,7 +156,7 @@ def test_actions_are_stored_unclipped_and_clipped_for_the_environment():
 def test_observations_are_normalised_with_the_statistics_of_the_version_and_clipped():
     agent = MlpAgent(2, 1)
     agent.obs_mean.copy_(torch.tensor([1.0, -1.0]))
-    agent.obs_var.copy_(torch.tensor([4.0, 0.25]))
+    agent.obs_std.copy_(torch.tensor([2.0, 0.5]))
     torch.testing.assert_close(
         agent.normalize(torch.tensor([[3.0, 0.0], [1e6, -1e6]])), torch.tensor([[1.0, 2], [10, -10]])
     )
@@ -165,16 +164,19 @@ def test_observations_are_normalised_with_the_statistics_of_the_version_and_clip
 
 def test_returns_leave_the_dummy_step_out_where_it_pays():
     """dm_control pays for the reset state in the dummy step."""
-    envs = ContinuousEnvs("CartpoleBalance-v1", num_envs=2, seed=0)
-    rng, total, dummy_rewards, episodes = np.random.default_rng(0), np.zeros(2), [], []
+    envs = ContinuousEnvs("CartpoleBalance-v1", num_envs=2, seed=0, gamma=0.9)
+    rng, total, discounted, dummy_rewards, episodes = np.random.default_rng(0), np.zeros(2), np.zeros(2), [], []
     for _ in range(2010):
         valid = envs.valid.copy()
-        rewards, terminated, truncated, ended = envs.step(rng.uniform(-1, 1, (2, 1)))
+        fields, ended = envs.step(rng.uniform(-1, 1, (2, 1)))
+        rewards = fields["rewards"]
         total += np.where(valid, rewards, 0)
+        discounted = np.where(valid, 0.9 * discounted + rewards, 0)
+        np.testing.assert_allclose(fields["discounted"], discounted)
         dummy_rewards += list(rewards[~valid])
         if ended:
             np.testing.assert_allclose([episode_return for episode_return, _ in ended], total, rtol=1e-6)
-            assert all(length == 1000 for _, length in ended) and (terminated | truncated).all()
+            assert all(length == 1000 for _, length in ended) and (fields["terminated"] | fields["truncated"]).all()
             episodes, total = episodes + ended, np.zeros(2)
     assert len(episodes) == 4 and max(dummy_rewards) > 0
 
@@ -192,54 +194,47 @@ def test_dict_observations_are_flattened():
     assert envs.obs.shape == (3, obs_size) and not np.array_equal(envs.obs, obs)
 
 
-def test_statistics_of_returns_are_those_of_whole_episodes():
-    """Two actors, rollouts that cut episodes anywhere, dummy rows that hold garbage."""
-    rng = np.random.default_rng(0)
-    statistics, expected = RunningMeanStd(shape=()), []
-    for actor_index in (0, 1):
-        rows, discounted_return = [], 0.0  # rows: (reward, valid)
-        for _ in range(400):
-            reward = rng.normal(1 + actor_index, 2)
-            discounted_return = 0.9 * discounted_return + reward
-            expected.append(discounted_return)
-            rows.append((reward, True))
-            if rng.random() < 0.05:
-                discounted_return = 0.0
-                rows.append((123.0, False))
-        running = np.zeros(1)
-        for start in range(0, len(rows), 50):
-            rewards, valid = (np.array(column)[:, None] for column in zip(*rows[start : start + 50], strict=True))
-            update_statistics(statistics, discounted_returns(running, rewards, valid, gamma=0.9))
-    assert statistics.count == pytest.approx(800, rel=1e-6)
-    assert statistics.mean == pytest.approx(np.mean(expected), rel=1e-4)
-    assert statistics.var == pytest.approx(np.var(expected), rel=1e-4)
+class Echo(gym.Env):
+    """Starts where NumPy's global generator says, whatever its seed; the next observation is what it gets as action."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,))
+    action_space = gym.spaces.Box(*np.float32([[100, -0.4, 0, -np.inf], [200, 0.4, np.inf, np.inf]]))
+
+    def reset(self, *, seed=None, options=None):
+        return np.random.normal(size=4).astype(np.float32), {}
+
+    def step(self, action):
+        return action.astype(np.float32), 0.0, False, False, {}
 
 
-def test_environments_of_all_actors_have_seeds_of_their_own(monkeypatch):
-    """Of every learner of a run, of runs with other seeds, and of actors that succeed others."""
-    seeds = []
+gym.register("Echo-v0", Echo)
 
-    def make_envs(seed):
-        seeds.append(seed)
-        raise EOFError
 
-    for seed in (0, 1, 2, 2**15 - 1):
-        for rank in (0, 1):
+def test_actions_between_finite_bounds_are_scaled_and_all_are_clipped():
+    envs = ContinuousEnvs("Echo-v0", 1, seed=0)
+    for actions, expected in (
+        ([0.0, 1.0, 5.0, -9.0], [150, 0.4, 5, -9]),
+        ([-1.0, 0.5, -5.0, 9.0], [100, 0.2, 0, 9]),
+        ([3.0, -3.0, 0.5, 0.5], [200, -0.4, 0.5, 0.5]),
+    ):
+        envs.step(np.array([actions], dtype=np.float32))
+        np.testing.assert_allclose(envs.obs, [expected], rtol=1e-6)
+
+
+def test_every_actor_draws_from_generators_of_its_own(monkeypatch):
+    """Of every learner, and the successors of actors, and the same in another run; environments, too."""
+    runs = []
+    for _ in range(2):
+        starts, actions = [], []
+        for rank, index, attempt in ((0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0), (0, 0, 1), (1, 0, 0)):
             monkeypatch.setattr(vaco_async_mujoco, "RANK", rank)
-            args = Args(seed=seed, num_actors=64, num_envs=256)
-            for index in range(args.num_actors):
-                run_actor(args, index, 0, [], mock.Mock(), make_envs, None, {})
-    assert min(seeds) >= 0 and max(seeds) + 256 <= 2**31
-    assert len(seeds) == 4 * 2 * 64 and np.diff(sorted(seeds)).min() >= 256
-
-    first_attempts, seeds = set(seeds), []
-    for attempt in range(1, 9):
-        for index in (0, 1):
-            run_actor(args, index, attempt, [], mock.Mock(), make_envs, None, {})
-    assert len(set(seeds)) == 16 and not first_attempts & set(seeds)
-
-    starts = np.concatenate([ContinuousEnvs("Hopper-v4", 2, seed).obs for seed in (2, 4, 6)])
-    assert len(np.unique(starts, axis=0)) == 6
+            rollouts, *_ = collect("Echo-v0", num_steps=2, num_envs=2, index=index, attempt=attempt)
+            starts += rollouts.obs[0, 0].tolist()
+            actions += rollouts.actions[0, 0].tolist()
+        runs.append((starts, actions))
+    assert runs[0] == runs[1]
+    for drawn in runs[0]:
+        assert len(np.unique(drawn, axis=0)) == 6 * 2
 
 
 def test_store_returns_what_was_published_and_names_what_is_gone():
@@ -273,7 +268,7 @@ def publish_for_ever(store):
     """A writer that does nothing else: the readers' worst case."""
     torch.set_num_threads(1)
     agent = Constant()
-    version = store.latest.item()
+    version = store.versions.max().item()
     while True:
         version += 1
         with torch.no_grad():
@@ -291,7 +286,7 @@ def test_publication_is_atomic_under_contention():
     writer = mp.get_context("fork").Process(target=publish_for_ever, args=(store,), daemon=True)
     writer.start()
     try:
-        while store.latest.item() < 2:
+        while store.versions.max().item() < 2:
             assert writer.is_alive()
         seen = set()
         while len(seen) < 100:
@@ -306,11 +301,11 @@ def test_publication_is_atomic_under_contention():
 
 def test_tickets_are_the_schedules_definition(monkeypatch):
     def versions(args, rollouts):
-        return [ticket(args, 0, rollout)[1] for rollout in rollouts]
+        return [ticket(args, rollout)[1] for rollout in rollouts]
 
     args = Args(rollouts_per_batch=2, lag_schedule="fixed", lag=3)
     assert versions(args, range(12)) == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
-    assert ticket(Args(), 5, 1000) == (5, LATEST, 1000)
+    assert ticket(Args(), 1000) == (1000, LATEST, 1000)
     args = Args(rollouts_per_batch=4, lag_schedule="mixture", lag=7, seed=5)
     lags = np.arange(40, 8040) // 4 - versions(args, range(40, 8040))
     counts = np.bincount(lags)
@@ -320,50 +315,52 @@ def test_tickets_are_the_schedules_definition(monkeypatch):
     assert early != versions(Args(rollouts_per_batch=4, lag_schedule="mixture", lag=7, seed=6), range(16))
 
     # Two learners number their rollouts as one does that has both their batches, and draw the same versions
-    both = [ticket(Args(rollouts_per_batch=8, lag_schedule="mixture", lag=7, seed=5), 0, n) for n in range(80)]
+    both = [ticket(Args(rollouts_per_batch=8, lag_schedule="mixture", lag=7, seed=5), n)[1:] for n in range(80)]
     monkeypatch.setattr(vaco_async_mujoco, "WORLD_SIZE", 2)
     numbered = []
     for rank in (0, 1):
         monkeypatch.setattr(vaco_async_mujoco, "RANK", rank)
-        numbered += [ticket(args, 0, rollout) for rollout in range(40)]
-    assert sorted(numbered, key=lambda sent: sent[2]) == both
+        numbered += [ticket(args, rollout)[1:] for rollout in range(40)]
+    assert sorted(numbered, key=lambda sent: sent[1]) == both
 
 
 class FakeActor:
-    """The learner's end of a pipe to an actor, which answers a ticket whenever `receive` is called."""
+    """The learner's end of a pipe to an actor, which answers a ticket whenever `recv` is called."""
 
-    def __init__(self, index, slots_per_actor, lag):
+    def __init__(self, index, args, num_slots, newest):
         self.index = index
-        self.slots = range(index * slots_per_actor, (index + 1) * slots_per_actor)
-        self.lag = lag
+        self.args = args
+        self.num_slots = num_slots
+        self.newest = newest
         self.tickets = []
         self.busy = set()
-        self.newest = 0
 
     def send(self, sent):
-        slot, version, _ = sent
-        assert slot in self.slots and slot not in self.busy
-        assert version <= self.newest and (version == LATEST or version >= self.newest - self.lag)  # is in the store
-        self.busy.add(slot)
+        rollout, version, _ = sent
+        assert rollout % self.args.num_actors == self.index and rollout % self.num_slots not in self.busy
+        oldest = self.newest - self.args.lag
+        assert version <= self.newest and (version == LATEST or version >= oldest)  # is in the store
+        self.busy.add(rollout % self.num_slots)
         self.tickets.append(sent)
 
     def recv(self):
-        slot, version, number = self.tickets.pop(0)
-        return slot, self.newest if version == LATEST else version, number, self
+        rollout, version, number = self.tickets.pop(0)
+        return rollout, self.newest if version == LATEST else version, number, self
 
 
 @pytest.mark.parametrize("schedule", ["async", "fixed", "mixture"])
 @pytest.mark.parametrize(("num_actors", "rollouts_per_batch"), [(1, 1), (4, 1), (3, 2), (2, 5), (8, 8)])
 def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch, monkeypatch):
-    """Actors that finish in a random order: every batch complete, no slot used twice at once, versions as defined."""
+    """Actors that finish in a random order, in a run that goes on: every batch complete, no slot used twice at once,
+    no rollout twice, versions as defined."""
     lag = 0 if schedule == "async" else 2
     flags = {"num_actors": num_actors, "rollouts_per_batch": rollouts_per_batch, "lag_schedule": schedule, "lag": lag}
     args = Args(**flags, num_minibatches=1)
-    slots_per_actor = -(-rollouts_per_batch // num_actors)
-    rng = np.random.default_rng(num_actors)
+    num_slots = num_actors * -(-rollouts_per_batch // num_actors)
+    rng, first = np.random.default_rng(num_actors), 7
 
     def launch(self, index):
-        self.connections[index] = FakeActor(index, slots_per_actor, lag)
+        self.connections[index] = FakeActor(index, args, num_slots, newest=first)
         self.processes[index] = mock.Mock()
 
     def wait(connections, timeout):
@@ -375,26 +372,24 @@ def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch, m
 
     monkeypatch.setattr(Actors, "launch", launch)
     monkeypatch.setattr(vaco_async_mujoco, "wait", wait)
-    actors = Actors(args, slots_per_actor, 0, None)
-    lags = []
+    actors = Actors(args, num_slots, first, None)
+    lags, seen = [], []
     try:
-        for batch in range(60):
-            actors.issue(newest=batch)
+        for batch in range(first, first + 60):
             messages = actors.collect(batch)
             assert len(messages) == rollouts_per_batch
-            for place, (slot, version, number, connection) in enumerate(messages):
-                rollout = batch * rollouts_per_batch + place
+            for place, (rollout, version, number, connection) in enumerate(messages):
                 if schedule != "async":
-                    assert (slot, version, number) == ticket(args, slot, rollout)
-                    assert connection.index == rollout % num_actors
-                connection.busy.remove(slot)
+                    assert rollout == batch * rollouts_per_batch + place
+                    assert (rollout, version, number) == ticket(args, rollout)
+                connection.busy.remove(rollout % num_slots)
                 lags.append(batch - version)
-            actors.issue(newest=batch, freed=[slot for slot, *_ in messages])
+                seen.append(rollout)
+            actors.issue(newest=batch, freed=[rollout for rollout, *_ in messages])
             for connection in actors.connections:
                 connection.newest = batch + 1
+            actors.issue(newest=batch + 1)
     finally:
         actors.stop()
-    if schedule == "fixed":
-        assert lags[4 * rollouts_per_batch :] == [2] * (56 * rollouts_per_batch)
-    if schedule == "mixture":
-        assert set(lags) == {0, 1, 2}
+    assert len(seen) == len(set(seen)) and min(seen) == first * rollouts_per_batch
+    assert set(lags) == {2} if schedule == "fixed" else schedule == "async" or set(lags) == {0, 1, 2}

@@ -68,7 +68,7 @@ def test_a_saved_model_is_all_that_it_takes_to_act():
         obs, _ = env.reset()
         total, done = 0.0, False
         while not done:
-            hidden = np.clip((obs - weights["obs_mean"]) / np.sqrt(weights["obs_var"] + 1e-8), -10, 10)
+            hidden = np.clip((obs - weights["obs_mean"]) / weights["obs_std"], -10, 10)
             for layer in (0, 2, 4):
                 hidden = hidden @ weights[f"actor_mean.{layer}.weight"].T + weights[f"actor_mean.{layer}.bias"]
                 hidden = np.tanh(hidden) if layer < 4 else hidden
@@ -104,18 +104,17 @@ def test_whole_games_are_evaluated_in_raw_score(script):
 
 
 @pytest.mark.parametrize("atari", [False, True])
-def test_without_a_generator_the_most_likely_action_is_taken(atari):
-    generator = torch.Generator().manual_seed(0)
+def test_the_greedy_action_is_the_most_likely_one(atari):
     if atari:
         agent = importlib.import_module("vaco_async_atari").CnnAgent(6)
         obs = torch.randint(255, (5, 84, 84, 4), dtype=torch.uint8)
     else:
         agent = vaco_async_mujoco.MlpAgent(11, 3)
         obs = torch.randn(5, 11)
-    actions, logprobs = agent.act(obs)
-    assert torch.equal(actions, agent.act(obs)[0])
+    actions, logprobs = agent.act(obs, greedy=True)
+    assert torch.equal(actions, agent.act(obs, greedy=True)[0])
     for _ in range(20):
-        others, other_logprobs = agent.act(obs, generator)
+        others, other_logprobs = agent.act(obs)
         assert (logprobs >= other_logprobs).all() and actions.shape == others.shape
 
 
@@ -134,12 +133,13 @@ def test_gymnasium_resets_on_the_next_step_as_envpool_does(own_env):
     np.testing.assert_array_equal(envs.obs[1], alone)
     for t in range(32):
         assert envs.valid.all() == (t != 30)
-        rewards, terminated, truncated, episodes = envs.step(np.full((2, 2), 9.0))  # clipped to 1
-        assert len(episodes) == 2 * (t == 29) and not terminated.any() and truncated.all() == (t == 29)
+        fields, episodes = envs.step(np.full((2, 2), 9.0))  # clipped to 1
+        assert len(episodes) == 2 * (t == 29)
+        assert not fields["terminated"].any() and fields["truncated"].all() == (t == 29)
         if t == 29:
             assert [length for _, length in episodes] == [30, 30]
         if t == 30:
-            assert not rewards.any() and (envs.obs[:, :2] != 60).all()  # a new start, not the corner reached
+            assert not fields["rewards"].any() and (envs.obs[:, :2] != 60).all()  # a new start, not the corner reached
     assert continuous_sizes(own_env) == (4, 2)
 
 
@@ -148,13 +148,6 @@ def test_baselines_play_an_environment_of_ones_own(script, own_env):
     module = importlib.import_module(script)
     module.train(module.Args(env_id=own_env, total_timesteps=200, **SMALL | {"num_steps": 32}))
     assert read_curves(".")["charts/episodic_length"] == [30, 30]
-
-
-def test_an_environment_that_cannot_be_imported_is_named():
-    with pytest.raises(
-        ValueError, match=r"^--env-id nowhere:X-v0: not a task of envpool, and gymnasium says: .*nowhere"
-    ):
-        Args(env_id="nowhere:X-v0")
 
 
 def test_the_algorithm_can_be_copied():
@@ -245,7 +238,7 @@ def test_atari_is_filmed_in_colour_at_full_resolution(monkeypatch):
     module = importlib.import_module("vaco_async_atari")
     seen = []
 
-    def short(agent, envs, on_frame):
+    def short(agent, envs, greedy, on_frame):
         for _ in range(9):
             seen.append(np.ascontiguousarray(envs.envs.render()[0]))
             on_frame(seen[-1])
@@ -270,7 +263,7 @@ def test_tensorboard_shows_curves_side_by_side_that_there_are(script):
 
 
 def test_a_run_is_tracked_offline(tracked):
-    train(Args(**SHORT | {"total_timesteps": 200}, track=True, wandb_project_name="lag"))
+    train(Args(**SHORT | {"total_timesteps": 200}, track=True))
     tracked(b"lag/tv_total", the_run().name.encode())
 
 

@@ -8,14 +8,12 @@ import math
 import multiprocessing as mp
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -418,49 +416,16 @@ def test_a_verifier_that_does_not_end_gives_0(swallows):
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
-@pytest.mark.parametrize("answer", ["(0,)*200000000", "10**10**10"])
-def test_short_answers_that_take_all_memory_or_time_give_0(monkeypatch, answer):
-    """By verifiers that evaluate answers: Python cannot be interrupted within a power, the process can be ended."""
-    limits = {"seconds": 1, "gigabytes": 0.5}
-    monkeypatch.setattr(vaco_async_llm, "verify_apart", partial(vaco_async_llm.verify_apart, **limits))
-    problems = Problems(Args(task="spiral_matrix"))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert vaco_async_llm.is_plain(answer) and problems.score(answer, problems.find(0)) == 0
-    assert problems.score(problems.find(0)["answer"], problems.find(0)) == 1
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime < 3 and after.ru_maxrss < 2 * 2**20  # in kB: not 7 GB
-
-
-def test_completions_are_not_executed():
-    """By verifiers that evaluate them, whose list is complete; what they would accept, they still get."""
+def test_tasks_whose_verifiers_run_completions_as_code_are_refused():
     found = {
         name
         for name, (task, _) in vaco_async_llm.reasoning_gym.factory.DATASETS.items()
         if re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(task.score_answer))
     }
     assert found - {"number_sorting"} == vaco_async_llm.EVALUATING  # which evaluates the right answer only
-    code = "open('made', 'w')"
-    shouts = "".join(f"chr({ord(letter)})+" for letter in code)[:-1]
-    for task in ("countdown", "string_insertion"):  # by sympy, by Python
-        problems = Problems(Args(task=task))
-        for text in (
-            code,
-            f"eval({shouts})",
-            f"(eval)({shouts})",
-            f"[eval][0]({shouts})",
-            f"sin({code!r})",
-            f"1+{code}",
-        ):
-            assert problems.score(text, problems.find(0)) < 1
-        assert not os.path.exists("made")
-    for task in ("countdown", "intermediate_integration", "n_queens", "spiral_matrix"):
-        problems = Problems(Args(task=task))
-        for number in range(5):
-            entry = problems.find(number)
-            rightly = entry["metadata"]["valid_answers"][0] if task == "n_queens" else entry["answer"]
-            assert problems.score(rightly, entry) == 1
-    numbers = entry["answer"].split()
-    assert problems.score(f"[{', '.join(numbers)}]", entry) == 0.1  # as a list of Python
+    for task in found & vaco_async_llm.EVALUATING:
+        with pytest.raises(ValueError, match=f"--task {task}: "):
+            Args(task=task)
 
 
 def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_model):

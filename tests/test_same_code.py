@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 OWN = {"Args", "train"}  # what every script has for itself
-EVERYWHERE = {"PolicyStore", "Actors", "ticket", "connect", "gather", "average", "average_gradients", "check_finite"}
+EVERYWHERE = {"PolicyStore", "Actors", "ticket", "connect", "gather", "average", "flatten", "check_finite"}
 MOST_LINES = {  # the aim is 700, for two domains 800: what is here may only fall
     "vaco_async_mujoco": 802,
     "vaco_async_atari": 798,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, read_curves
-from learner import AsByLearners
+from learner import AsByLearners, actor_of_two_learners
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SMALL = {
@@ -108,11 +108,12 @@ def test_two_learners_are_one_with_the_data_of_both(name, changes, monkeypatch):
 
     def recorded_check(place, numbers, check_finite=script.check_finite):
         if "valid" in numbers:
-            valid.append(torch.tensor(numbers["valid"]))  # [T, C] of each rollout
+            valid.append(numbers["valid"].clone())  # [T, C] of each rollout
         check_finite(place, numbers)
 
     monkeypatch.setattr(script.PolicyStore, "publish", recorded_publish)
     monkeypatch.setattr(script, "check_finite", recorded_check)
+    monkeypatch.setattr(script, "actor", actor_of_two_learners)
     in_order = AsByLearners(lambda: torch.cat(valid[-4:], dim=1))
     monkeypatch.setattr(torch, "randperm", in_order)
     script.train(script.Args(**SMALL | changes | {"num_actors": 4, "rollouts_per_batch": 4}))

@@ -1,4 +1,4 @@
-"""CleanRL's ppo_continuous_action, written from its description with its defaults and its eager code, for its speed alone.
+"""CleanRL's ppo_continuous_action, written from its description, defaults and eager code; for its speed alone.
 
 With one environment of gymnasium and 2048 steps, as published, or with 16 of envpool and 128 steps, the manner of its
 ppo_atari_envpool. See https://docs.cleanrl.dev/rl-algorithms/ppo.
