@@ -100,10 +100,9 @@ class Args:
     rho_bar: float = 1.0  # V-trace: upper bound of the importance weight of a temporal difference
     c_bar: float = 1.0  # V-trace: upper bound of the importance weight by which a trace is carried on
     filter: bool = True  # if toggled, gradients that raise the total variation are dropped while it is over budget
-    tv_threshold: float = 0.2  # the budget, on 1/2 mean |pi/beta - 1|, THE 1/2 INCLUDED: half of a budget on the mean
-    tv_anchor: Literal["behavior", "learner"] = (
-        "behavior"  # from the policy that acted, or the one at a batch's arrival
-    )
+    tv_threshold: float = 0.2  # the budget on 1/2 mean |pi/beta - 1|, THE 1/2 INCLUDED: 0.1 for one of 0.2 without it
+    # measured from the policy that acted (backward and forward lag), or the learner's at the batch's arrival (forward)
+    tv_anchor: Literal["behavior", "learner"] = "behavior"
 
     def __post_init__(self):
         for name, hint in get_type_hints(Args).items():

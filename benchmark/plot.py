@@ -100,7 +100,7 @@ class Results:
                 raise SystemExit(f"error: {path}: no such file")
         for run in (run for path in args.results for run in read_records(path)):
             if "env_id" not in run:
-                raise SystemExit(f"error: {run['command'][0]}: not drawn here, but by benchmark/llm.py")
+                raise SystemExit("error: these are no records of benchmark/run.py; benchmark/llm.py draws its own")
             key = run["method"], run["env_id"], run["lag"], run["seed"]
             if key in runs and runs[key]["command"] != run["command"]:
                 raise SystemExit(f"error: two different runs are {', '.join(map(str, key))}: give results of one study")
@@ -482,15 +482,16 @@ def cell(value, low, high, count):
     return f"{value:.2f}{bounds} ({count})" if np.isfinite(value) else ""
 
 
-def digits(value):
-    """A return for people: whole from 100 on, else four significant digits."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}"
+def digits(value, *more):
+    """Returns for people, joined by ±: whole numbers if the first one has three digits, else with more places."""
+    places = ".0f" if abs(value) >= 100 else ".4g"
+    return " ± ".join(f"{number:{places}}" for number in (value, *more))
 
 
 def spread(values):
     """ "1050 ± 120 (5)": mean, standard deviation, and how many seeds they are from."""
-    deviation = f" ± {digits(np.std(values, ddof=1))}" if len(values) > 1 else ""
-    return f"{digits(np.mean(values))}{deviation} ({len(values)})" if values else ""
+    deviation = [np.std(values, ddof=1)] if len(values) > 1 else []
+    return f"{digits(np.mean(values), *deviation)} ({len(values)})" if values else ""
 
 
 def programs(results):

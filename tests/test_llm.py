@@ -747,7 +747,7 @@ def test_a_gguf_file_is_loaded_as_the_model_and_tokenizer_that_it_was_made_of():
     ):
         write()
 
-    _, agent = make_agent(replace(SMALL, model="model.gguf"))
+    _, agent = make_agent(replace(SMALL, model="model.gguf", max_prompt_tokens=100))
     prompts, prompt_mask = agent.encode(["3 + 12"])
     assert prompts.tolist() == [[*map(tokens.index, "3\u0120+\u0120"), 256, tokens.index("\u010a")]]
     generated, _, _ = agent.generate(prompts, prompt_mask, sample=False)
