@@ -277,6 +277,9 @@ class Agent(nn.Module):
         chats = [[*system, {"role": "user", "content": question}] for question in questions]
         settings = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
         encoded = self.tokenizer.apply_chat_template(chats, **settings)
+        known = self.model.get_input_embeddings().num_embeddings
+        if encoded["input_ids"].max() >= known:
+            sys.exit(f"--model {self.args.model}: knows {known} tokens, but its tokenizer has more and uses them")
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
     def fits(self, question):
@@ -353,8 +356,6 @@ def load_language_model(args, problems):
         room = rope.get("original_max_position_embeddings") or room
     if args.max_prompt_tokens + args.max_new_tokens > room:
         sys.exit(f"--max-prompt-tokens and --max-new-tokens: {args.model} has room for {room} tokens, both included")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        sys.exit(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, more than the model")
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     # The format of a base model, which has none

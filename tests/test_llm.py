@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -824,3 +825,24 @@ def test_learners_begin_with_the_warm_start_of_the_first_and_stay_equal():
     finished(two_learners(flags | {"actor_timeout": 90.0, "learner_timeout": 100.0}))
     assert_equal_learners()
     assert len(os.listdir("runs/warm_starts")) == 1
+
+
+def test_what_a_model_has_no_room_or_no_tokens_for_is_one_line():
+    with pytest.raises(SystemExit, match="tiny has room for 1024 tokens"):
+        make_agent(replace(SMALL, max_prompt_tokens=1020))
+    problems, agent = make_agent(SMALL)
+    agent.model.resize_token_embeddings(100)
+    with pytest.raises(SystemExit, match="knows 100 tokens, but its tokenizer has more"):
+        agent.encode([problems.find(0)["question"]])
+
+
+def test_longrope_has_the_room_it_was_trained_on(monkeypatch):
+    """Beyond it, what generates and what trains would scale positions by different factors."""
+    config = transformers.LlamaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    model = mock.Mock()
+    model.config.get_text_config.return_value = config
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: mock.Mock())
+    with pytest.raises(SystemExit, match="has room for 64 tokens"):
+        vaco_async_llm.load_language_model(replace(SMALL, model="some/model"), None)
