@@ -665,10 +665,8 @@ def flatten(agent):
     vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
     vector.grad = torch.zeros_like(vector)
     for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        layout = (parameter.shape, parameter.stride())
-        weights = weights.as_strided(*layout, weights.storage_offset())
-        parameter.data = weights.copy_(parameter.data)
-        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
+        parameter.data = weights.view_as(parameter).copy_(parameter.data)
+        parameter.grad = grad.view_as(parameter)
     return vector
 
 
@@ -750,11 +748,11 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = flatten(agent)
+    weights = list(agent.parameters()) if atari else [flatten(agent)]  # the CNN's tensors are large enough
     if atari:  # torch adds eps to the root, TensorFlow under it; the published value is kept, as in torchbeast
-        optimizer = torch.optim.RMSprop([weights], lr=args.learning_rate, alpha=0.99, eps=0.01)
+        optimizer = torch.optim.RMSprop(weights, lr=args.learning_rate, alpha=0.99, eps=0.01)
     else:
-        optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+        optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 
@@ -839,10 +837,11 @@ def train(args):
                 sequences = torch.randperm(valid.shape[1]).to(device)
                 for mb in sequences.chunk(args.num_minibatches):
                     loss, logs = impala_minibatch(agent, args, *(column.index_select(1, mb) for column in columns))
-                    weights.grad.zero_()
+                    optimizer.zero_grad(set_to_none=atari)
                     loss.backward()
                     # Every learner has as many sequences, with a few more or less dummy rows, and counts the same
-                    average(weights.grad)
+                    for weight in weights:
+                        average(weight.grad)
                     logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)

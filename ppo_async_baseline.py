@@ -660,10 +660,8 @@ def flatten(agent):
     vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
     vector.grad = torch.zeros_like(vector)
     for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        layout = (parameter.shape, parameter.stride())
-        weights = weights.as_strided(*layout, weights.storage_offset())
-        parameter.data = weights.copy_(parameter.data)
-        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
+        parameter.data = weights.view_as(parameter).copy_(parameter.data)
+        parameter.grad = grad.view_as(parameter)
     return vector
 
 
@@ -745,8 +743,8 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = flatten(agent)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    weights = list(agent.parameters()) if atari else [flatten(agent)]  # the CNN's tensors are large enough
+    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
     minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
     kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
@@ -849,9 +847,10 @@ def train(args):
                     mb_logprobs = (b_behavior_logprobs[mb], b_learner_log_ratios[mb])
                     mb_rows = (mb_advantages, b_obs[mb], b_actions[mb], *mb_logprobs, b_targets[mb])
                     loss, logs = minibatch_loss(agent, args, kl_coef, *mb_rows)
-                    weights.grad.zero_()
+                    optimizer.zero_grad(set_to_none=atari)
                     loss.backward()
-                    average(weights.grad)
+                    for weight in weights:
+                        average(weight.grad)
                     logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)

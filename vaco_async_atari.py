@@ -554,21 +554,6 @@ def average(tensor):
     return tensor
 
 
-def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
-    tensor is clipped, stepped and averaged much faster than many small ones."""
-    parameters = list(agent.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        layout = (parameter.shape, parameter.stride())
-        weights = weights.as_strided(*layout, weights.storage_offset())
-        parameter.data = weights.copy_(parameter.data)
-        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
-    return vector
-
-
 def keep_freed_memory():
     """Let the C library keep large blocks when they are freed. By default glibc hands them to the kernel, and every
     page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
@@ -615,8 +600,7 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = flatten(agent)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
@@ -721,10 +705,11 @@ def train(args):
                     mb_obs = b_obs.index_select(0, mb)
                     mb_rows = (mb_obs, b_actions[mb], b_behavior_logprobs[mb], b_learner_ratios[mb], b_targets[mb])
                     loss, logs = vaco_minibatch(agent, args, mb_advantages, *mb_rows)
-                    weights.grad.zero_()
+                    optimizer.zero_grad()
                     loss.backward()
-                    average(weights.grad)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+                    for parameter in agent.parameters():
+                        average(parameter.grad)
+                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)
 

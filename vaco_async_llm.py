@@ -727,21 +727,6 @@ def average(tensor):
     return tensor
 
 
-def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
-    tensor is clipped, stepped and averaged much faster than many small ones."""
-    parameters = list(agent.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        layout = (parameter.shape, parameter.stride())
-        weights = weights.as_strided(*layout, weights.storage_offset())
-        parameter.data = weights.copy_(parameter.data)
-        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
-    return vector
-
-
 def check_finite(place, numbers):
     """End the run if any of `numbers`, {name: array or tensor}, is not finite."""
     broken = [name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all()]
@@ -782,8 +767,7 @@ def train(args):
         agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's
     agent.to(device)
     reference = copy.deepcopy(agent) if args.kl_coef else None
-    weights = flatten(agent)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
@@ -881,10 +865,11 @@ def train(args):
                     mb_inputs = [field[mb] for field in inputs]
                     mb_logprobs = [logprobs[mb] for logprobs in b_logprobs]
                     loss, logs = llm_minibatch(agent, args, b_advantages[mb], mb_inputs, *mb_logprobs)
-                    weights.grad.zero_()
+                    optimizer.zero_grad()
                     loss.backward()
-                    average(weights.grad)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+                    for parameter in agent.parameters():
+                        average(parameter.grad)
+                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)
 

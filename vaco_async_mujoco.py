@@ -552,10 +552,8 @@ def flatten(agent):
     vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
     vector.grad = torch.zeros_like(vector)
     for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        layout = (parameter.shape, parameter.stride())
-        weights = weights.as_strided(*layout, weights.storage_offset())
-        parameter.data = weights.copy_(parameter.data)
-        parameter.grad = grad.as_strided(*layout, grad.storage_offset())
+        parameter.data = weights.view_as(parameter).copy_(parameter.data)
+        parameter.grad = grad.view_as(parameter)
     return vector
 
 

@@ -10,6 +10,7 @@
 #   standard deviation at the start, (2) actions scaled to their bounds, 1 + 2, 1 + 2 + a constant learning rate,
 #   1 + 2 + value targets anew in every epoch, 1 + 2 + a pass of the critic alone before advantages are computed.
 # - Confirmation, 1M steps, seeds 3 to 7: the chosen base and today's. It is kept if its mean score there is higher.
+# The screening is run in a worktree of commit 318b5cd, which alone has the trial flags: those that win become defaults.
 # Tasks with bounds of -1 and 1 (all but Humanoid) are the same with (2) and without it, so they run once.
 seeds=5 steps=1000000
 source "$(dirname "$0")/options.sh"

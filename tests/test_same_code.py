@@ -12,13 +12,13 @@ from conftest import REPOSITORY
 
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 OWN = {"Args", "train"}  # what every script has for itself
-EVERYWHERE = {"PolicyStore", "Actors", "ticket", "connect", "gather", "average", "flatten", "check_finite"}
+EVERYWHERE = {"PolicyStore", "Actors", "ticket", "connect", "gather", "average", "check_finite"}
 MOST_LINES = {  # the aim is 700, for two domains 800: what is here may only fall
-    "vaco_async_mujoco": 800,
-    "vaco_async_atari": 804,
-    "impala_baseline": 928,
-    "ppo_async_baseline": 951,
-    "vaco_async_llm": 978,  # a model, tasks and a warm start, too
+    "vaco_async_mujoco": 798,
+    "vaco_async_atari": 789,
+    "impala_baseline": 927,
+    "ppo_async_baseline": 950,
+    "vaco_async_llm": 964,  # a model, tasks and a warm start, too
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 
