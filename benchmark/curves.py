@@ -53,7 +53,7 @@ def main(args):
     print("| steps |" + "".join(f" {name}, seed {seed} |" for name, seed, _ in curves))
     print("|---|" + "---|" * len(curves))
     for end in ends:
-        print(f"| {end} |" + "".join(f" {curve[end]:.3g} |" if end in curve else " |" for *_, curve in curves))
+        print(f"| {end} |" + "".join(f" {curve[end]:.4g} |" if end in curve else " |" for *_, curve in curves))
     if args.figure is None:
         return
     names = list(dict.fromkeys(name for name, *_ in curves))

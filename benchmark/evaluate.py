@@ -63,7 +63,11 @@ def build(script, flags, weights):
         agent = script.CnnAgent(int(script.envpool.make_spec(flags.env_id).action_space.n), flags.bf16)
         names = ("episodic_life", "reward_clip", "repeat_action_probability")
         make_envs = partial(script.AtariEnvs, flags.env_id, **{name: getattr(flags, name) for name in names})
-    agent.load_state_dict(weights)
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        print(f"error: the environment has changed since: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
     return agent, make_envs
 
 
@@ -92,7 +96,7 @@ def film(agent, envs, path):
     writer.send(None)
     episode_return = play(agent, envs, greedy=True, on_frame=writer.send)
     writer.close()
-    print(f"video of an episode with the most likely actions, return {episode_return:.1f}: {path}")
+    print(f"video of an episode with the most likely actions, return {episode_return:.4g}: {path}")
 
 
 def evaluate_episodes(args, script, flags, weights):
@@ -102,8 +106,8 @@ def evaluate_episodes(args, script, flags, weights):
     results = {}
     for name, greedy in (("deterministic", True), ("sampled", False)):
         returns = [play(agent, make_envs(1, args.seed + i), greedy) for i in range(args.episodes)]
-        each = " ".join(f"{episode_return:.1f}" for episode_return in returns)
-        print(f"{name}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)}: {each}", flush=True)
+        each = " ".join(f"{episode_return:.4g}" for episode_return in returns)
+        print(f"{name}: return {np.mean(returns):.4g} +- {np.std(returns):.4g} of {len(returns)}: {each}", flush=True)
         results[name] = returns
     if args.capture_video:
         film(agent, make_envs(1, args.seed, render_mode="rgb_array"), args.run / "episode.mp4")

@@ -104,14 +104,17 @@ def command_of(method, env_id, seed, lag, args):
 def read_records(path):
     """All records of a file of results; lines that a killed runner left half-written are named and skipped. Raises
     SystemExit if it is another kind of file."""
-    records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    lines = path.read_text(errors="replace").splitlines()
+    records, broken = [], []
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            print(f"warning: {path}, line {number}: no record, maybe half-written; skipped", file=sys.stderr)
-    if not all(isinstance(record, dict) for record in records):
+            broken.append(number)
+    if (lines and not records) or not all(isinstance(record, dict) for record in records):
         raise SystemExit(f"error: {path}: is no file of results")
+    for number in broken:
+        print(f"warning: {path}, line {number}: no record, maybe half-written; skipped", file=sys.stderr)
     return records
 
 

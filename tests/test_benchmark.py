@@ -188,6 +188,7 @@ def test_methods_keep_their_own_flags_and_take_more():
         ("run.py", [*RUN[2:], "--methods", "VACO", "--lag-schedule", "async", "--lags", "4"], "use --lags 0"),
         ("plot.py", ["missing.jsonl"], "missing.jsonl: no such file"),
         ("plot.py", [str(REPOSITORY / "benchmark/results/llm_lag.jsonl")], "benchmark/llm.py draws its own"),
+        ("plot.py", [str(REPOSITORY / "benchmark/results/tensorboard.png")], "is no file of results"),
     ],
 )
 def test_wrong_options_of_a_program_are_one_line(program, flags, words):

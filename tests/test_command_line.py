@@ -46,6 +46,12 @@ def test_every_flag_has_a_help_text(capsys):
         assert len(help_text.split()) > 2, f"--{field.name} has no help text"
 
 
+def test_without_docstrings_and_with_empty_variables_of_launchers_there_is_help():
+    command = [sys.executable, "-OO", REPOSITORY / "vaco_async_mujoco.py", "--help"]
+    environment = os.environ | {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}
+    assert subprocess.run(command, capture_output=True, env=environment).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("script", "flags"),
     [

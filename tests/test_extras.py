@@ -89,7 +89,7 @@ def test_a_run_of_every_script_is_evaluated_whatever_its_name(script, capsys):
     assert results == evaluate.evaluate(args)
     printed = capsys.readouterr().out
     assert f", {script}, after " in printed
-    assert f"sampled: return {np.mean(results['sampled']):.1f} +- {np.std(results['sampled']):.1f} of 2: " in printed
+    assert f"sampled: return {np.mean(results['sampled']):.4g} +- {np.std(results['sampled']):.4g} of 2: " in printed
 
 
 @pytest.mark.parametrize("script", ["vaco_async_atari", "ppo_async_baseline"])
@@ -116,6 +116,16 @@ def test_the_greedy_action_is_the_most_likely_one(atari):
     for _ in range(20):
         others, other_logprobs = agent.act(obs)
         assert (logprobs >= other_logprobs).all() and actions.shape == others.shape
+
+
+def test_weights_of_another_size_are_one_error(capsys):
+    args = vaco_async_mujoco.Args(env_id="Hopper-v4")
+    torch.save(
+        {"args": vars(args), "agent": vaco_async_mujoco.MlpAgent(4, 3).state_dict(), "global_step": 0}, "checkpoint.pt"
+    )
+    with pytest.raises(SystemExit) as caught:
+        evaluate.evaluate(evaluate.Args(Path()))
+    assert caught.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_what_is_no_run_is_one_error(tmp_path):

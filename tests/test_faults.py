@@ -269,6 +269,18 @@ def test_a_run_goes_on_with_other_flags_and_its_complete_one_ends_at_once():
     assert same(later["agent"], saved_in_the_run()["agent"])
 
 
+def test_what_a_run_cannot_go_on_with_is_one_line(capsys):
+    """Another environment, whose observations and actions have other sizes, or more lag than versions were kept for."""
+    train(replace(SMALL, total_timesteps=300))
+    (run,) = Path("runs").iterdir()
+    for changes in ({"env_id": "Hopper-v4"}, {"lag": 9}):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            train(replace(SMALL, resume=str(run), **changes))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2 and line.startswith("--resume") and "size mismatch" in line
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(monkeypatch):
     """The disk is full in the middle of the third checkpoint."""
     save, before = torch.save, []
@@ -398,7 +410,7 @@ def test_results_that_are_not_finite_are_named_and_neither_published_nor_saved(n
 def test_the_flags_of_a_run_are_the_defaults_when_it_goes_on():
     train(replace(SMALL, total_timesteps=500))
     (run,) = Path("runs").iterdir()
-    flags = ["--resume", f"{run}/", "--total-timesteps", "1000"]
+    flags = ["--resume", f"{run}/", "--total-timesteps", "1e3"]
     program = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
     finished = subprocess.run(program, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
