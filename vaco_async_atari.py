@@ -475,7 +475,7 @@ class Actors:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
         # One that raises before the first rollout of the run will do so again
-        if self.restarts > (self.args.max_actor_restarts if self.answered else 1):
+        if self.restarts > (self.args.max_actor_restarts if self.answered else min(self.args.max_actor_restarts, 1)):
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)

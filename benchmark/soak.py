@@ -79,7 +79,7 @@ def main():
             for pid in family(learner.pid)[0]:
                 os.kill(pid, signal.SIGKILL)
         lines = Path(folder, "output").read_text().splitlines()
-        steps = [line for line in lines if " steps, " in line]
+        steps = [line for line in lines if line.startswith("step ")]
     if code != 128 + signal.SIGTERM:
         sys.exit("\n".join([*lines[-30:], f"error: exit code {code}"]))
     tenth, new_files = len(samples) // 10, len(set(os.listdir("/dev/shm")) - shared)
