@@ -368,7 +368,7 @@ def test_no_process_outlives_the_program(end):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="--compile refuses without g++ or CXX")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="--compile needs g++ or CXX")
 def test_a_compiled_run_is_the_eager_one_up_to_rounding():
     args = replace(SMALL, lag_schedule="mixture", lag=2, tv_threshold=0.02, total_timesteps=400)
     eager, compiled = state_of(train(args)), state_of(train(replace(args, compile=True)))
