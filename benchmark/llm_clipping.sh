@@ -5,8 +5,9 @@ seeds=2 steps=200
 source "$(dirname "$0")/options.sh"
 flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"
 [ $smoke ] && steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
-methods=("vaco --tv-threshold 0.005 --tv-anchor learner")
-for clip in 0.02 0.05 0.1 0.2 0.4; do methods+=("grpo --clip-coef $clip"); done
-methods+=("grpo --clip-coef 0.2 --learning-rate 5e-5" "vaco --no-filter" "vaco --no-filter --learning-rate 5e-5")
-python "$here/llm.py" --out "$results/$study.jsonl" --reuse "$results/llm_threshold.jsonl" --methods "${methods[@]}" --lags 4 \
-    --seeds $(seq 1 "$seeds") --steps "$steps" --workers "$workers" --flags="$flags"
+methods=("LLM VACO --tv-threshold 0.005 --tv-anchor learner")
+for clip in 0.02 0.05 0.1 0.2 0.4; do methods+=("LLM GRPO --clip-coef $clip"); done
+methods+=("LLM GRPO --clip-coef 0.2 --learning-rate 5e-5" "LLM VACO --no-filter" "LLM VACO --no-filter --learning-rate 5e-5")
+run --out "$results/$study.jsonl" --reuse "$results/llm_threshold.jsonl" --env-ids chain_sum --methods "${methods[@]}" \
+    --lag-schedule fixed --lags 4 --seeds $(seq 1 "$seeds") --flags="$flags"
+plot_llm "$results/$study.jsonl"

@@ -6,10 +6,11 @@ seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
 lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"
 [ $smoke ] && lags="0 4" steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
-methods=("vaco --tv-threshold 0.005 --tv-anchor learner" "grpo --clip-coef 0.2" "vaco --no-filter")
+methods=("LLM VACO --tv-threshold 0.005 --tv-anchor learner" "LLM GRPO --clip-coef 0.2" "LLM VACO --no-filter")
 compare() {
-    python "$here/llm.py" --out "$results/$1.jsonl" --reuse "$results/llm_threshold.jsonl" "$results/llm_clipping.jsonl" \
-        --methods "${@:2}" --lags $lags --seeds $(seq 1 "$seeds") --steps "$steps" --workers "$workers" --flags="$flags" || failed=$?
+    run --out "$results/$1.jsonl" --reuse "$results/llm_threshold.jsonl" "$results/llm_clipping.jsonl" --env-ids chain_sum \
+        --methods "${@:2}" --lag-schedule fixed --lags $lags --seeds $(seq 1 "$seeds") --flags="$flags"
+    plot_llm "$results/$1.jsonl"
 }
 compare "$study" "${methods[@]}"
 compare "${study}_half" "${methods[@]/%/ --learning-rate 5e-5}"

@@ -39,4 +39,5 @@ failed=0
 # A run that fails must not keep the others from being run and shown
 run() { python "$here/run.py" --steps "$steps" --workers "$workers" "$@" || { failed=$?; [ $failed -le 1 ] || exit $failed; }; }
 plot() { python "$here/plot.py" "$@" || failed=$?; }
+plot_llm() { python "$here/plot_llm.py" "$@" || failed=$?; }
 trap '[ $failed = 0 ] || exit $failed' EXIT

@@ -99,8 +99,8 @@ class Results:
             if not path.is_file():
                 raise SystemExit(f"error: {path}: no such file")
         for run in (run for path in args.results for run in read_records(path)):
-            if "env_id" not in run:
-                raise SystemExit("error: these are no records of benchmark/run.py; benchmark/llm.py draws its own")
+            if "accuracy" in run or "env_id" not in run:
+                raise SystemExit("error: these are no returns; of language models, benchmark/plot_llm.py draws them")
             key = run["method"], run["env_id"], run["lag"], run["seed"]
             if key in runs and runs[key]["command"] != run["command"]:
                 raise SystemExit(f"error: two different runs are {', '.join(map(str, key))}: give results of one study")

@@ -6,11 +6,12 @@
 A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was; one that is in a
 file of `--reuse`, under whatever name, is copied from there. Seeds are the outermost loop: the table of results is
 complete, with few seeds, long before the study is. One line of JSON per run has the command, the versions of what it
-ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of steps, and the means of lag and filter
-metrics. A run whose numbers were no longer finite is a result, too: it is recorded as diverged, without a return. A run
-that fails otherwise is shown with the end of its output, which is kept in the folder `<out>.logs`, and the exit code is
-1 when all others are done. After Ctrl-C it is 130, and 2 if options cannot work. A change of a script repeats no run:
-recorded runs of another state of it are counted at the start.
+ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of steps (language models: the held-out
+accuracy), and the means of lag and filter metrics, from the first batch that can have the whole lag on. A run whose
+numbers were no longer finite is a result, too: it is recorded as diverged, without a return. A run that fails otherwise
+is shown with the end of its output, which is kept in the folder `<out>.logs`, and the exit code is 1 when all others
+are done. After Ctrl-C it is 130, and 2 if options cannot work. A change of a script repeats no run: recorded runs of
+another state of it are counted at the start.
 """
 
 import contextlib
@@ -52,25 +53,29 @@ METHODS = {
     "decoupled PPO": "ppo_async_baseline.py --objective decoupled",
     "IMPALA": "impala_baseline.py --update-epochs {epochs} --learning-rate {rate}",
     "IMPALA, 1 epoch": "impala_baseline.py --update-epochs 1",
+    # Language models; their environments are tasks, and their steps are batches
+    "LLM VACO": "vaco_async_llm.py --objective vaco",
+    "LLM GRPO": "vaco_async_llm.py --objective grpo",
     # The policy before any training: the zero of normalised scores
     "untrained": "ppo_async_baseline.py --learning-rate 0 --update-epochs 1 --num-minibatches 1",
 }
 KNOWN = ", ".join(f'"{name}"' for name in METHODS)
 STRETCHES = 20  # of equal length, per learning curve
-METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl")
+METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl", "charts/reward", "charts/completion_length")
+WARM_STARTS = REPOSITORY / "runs" / "warm_starts"  # of language models: made once per seed, then shared by all runs
 
 
 @dataclass
 class Args:
     out: Path  # the file of results, one line of JSON per run; made if it is not there
-    env_ids: tuple[str, ...]  # environments, as --env-id of the scripts takes them
+    env_ids: tuple[str, ...]  # environments, as --env-id of the scripts takes them; of language models, tasks
     methods: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f'{KNOWN}, each with more flags if wanted: "VACO --no-align"')
     ]
     lags: tuple[int, ...] = (0,)  # policy lags, in versions
     seeds: tuple[int, ...] = (1,)  # seeds of the runs
     lag_schedule: Literal["mixture", "fixed", "async"] = "mixture"  # as in the scripts; async takes lag 0 alone
-    steps: int = 300_000  # environment steps per run
+    steps: int = 300_000  # environment steps per run; of language models, batches
     flags: str = ""  # flags for all runs, as one string after a =: --flags="--num-actors 8 --num-envs 2"
     reuse: tuple[Path, ...] = ()  # other files of results: a run that one of them has is copied, not repeated
     workers: int = 2  # runs at once; each is busy on one to two cores. Lockstep results do not depend on it
@@ -94,9 +99,15 @@ def command_of(method, env_id, seed, lag, args):
         print(f"error: --methods {method}: must begin with one of {KNOWN}", file=sys.stderr)
         raise SystemExit(2)
     name = max(names, key=len)
-    domain, epochs, rate = ("atari", 16, 6e-4) if is_atari(env_id) else ("mujoco", 20, 3e-4)
-    script, *flags = METHODS[name].format(domain=domain, epochs=epochs, rate=rate).split()
-    parts = [script, "--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.steps)]
+    if name.startswith("LLM"):
+        task, length, defaults = "--task", "--total-batches", {}
+    else:
+        task, length = "--env-id", "--total-timesteps"
+        atari = is_atari(env_id)
+        defaults = {"domain": "atari" if atari else "mujoco", "epochs": 16 if atari else 20}
+        defaults["rate"] = 6e-4 if atari else 3e-4
+    script, *flags = METHODS[name].format(**defaults).split()
+    parts = [script, task, env_id, "--seed", str(seed), length, str(args.steps)]
     parts += ["--lag-schedule", args.lag_schedule, "--lag", str(lag), *shlex.split(args.flags)]
     return parts + flags + shlex.split(method.removeprefix(name))  # of a flag given twice, the last counts
 
@@ -133,7 +144,7 @@ def fingerprint(script):
     return subprocess.run(command, capture_output=True, text=True).stdout[:12]
 
 
-def versions():
+def versions(script):
     """What results depend on: the commit (`-dirty`: scripts with changes that no commit has), packages, processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processors = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -141,40 +152,49 @@ def versions():
     commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
     if git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode:
         commit += "-dirty"
-    packages = {name: version(name) for name in ("torch", "envpool", "gymnasium", "numpy")}
-    return {"commit": commit, **packages, "cpu": processors[0] if processors else "unknown", "date": str(date.today())}
+    names = ["torch", "transformers", "reasoning-gym"]
+    if "llm" not in script:
+        names = ["torch", "envpool", "gymnasium", "numpy"]
+    known = {"commit": commit, "script": fingerprint(script)} | {name: version(name) for name in names}
+    return known | {"cpu": processors[0] if processors else "unknown", "date": str(date.today())}
 
 
-def measure(run, steps):
+def measure(run, lag, steps):
     """The learning curve, the mean metrics and the speed of a run, from its TensorBoard files as far as they go."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
+    files = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    files.Reload()
+    scalars = {tag: files.Scalars(tag) for tag in files.Tags()["scalars"]}
+    metrics = {tag: scalars[tag][lag:] for tag in scalars if tag.startswith(METRICS)}  # one per batch
+    means = {tag: np.mean([event.value for event in events]) for tag, events in metrics.items() if events}
+    shown = {"metrics": {tag: float(f"{mean:.5g}") for tag, mean in means.items()}}
+    if "charts/accuracy" in scalars:
+        return shown | {"accuracy": [(event.step, round(event.value, 4)) for event in scalars["charts/accuracy"]]}
     stretches = [[] for _ in range(STRETCHES)]
-    for event in events.Scalars("charts/episodic_return") if "charts/episodic_return" in tags else []:
+    for event in scalars.get("charts/episodic_return", []):
         stretches[min(math.ceil(event.step / steps * STRETCHES), STRETCHES) - 1].append(event.value)
-    metrics = [tag for tag in tags if tag.startswith(METRICS)]
-    return {
-        "grid": [steps * (i + 1) // STRETCHES for i in range(STRETCHES)],
-        "returns": [float(np.mean(values)) if values else None for values in stretches],
-        "metrics": {tag: float(f"{np.mean([e.value for e in events.Scalars(tag)]):.5g}") for tag in metrics},
-        "sps": round(events.Scalars("charts/SPS")[-1].value) if "charts/SPS" in tags else None,
-    }
+    shown["grid"] = [steps * (i + 1) // STRETCHES for i in range(STRETCHES)]
+    shown["returns"] = [float(np.mean(values)) if values else None for values in stretches]
+    shown["sps"] = round(scalars["charts/SPS"][-1].value) if "charts/SPS" in scalars else None
+    return shown
 
 
-def outcome(returncode, output, folder, steps):
+def outcome(returncode, output, folder, lag, steps):
     """What a run has shown: it has ended if its exit code is 0, and diverged if it says "not finite". Raises
     RuntimeError, with its output, otherwise."""
     reason = next((line for line in output.splitlines() if line.startswith("not finite")), None)
     if returncode and not reason:
         raise RuntimeError(f"exit code {returncode}\n{output}")
-    (run,) = Path(folder, "runs").iterdir()
+    (run,) = Path(folder, "runs").glob("*__*")
+    shown = measure(run, lag, steps)
     if returncode:  # the metrics of a run whose numbers explode say nothing about the lag
-        return {"return": None, "episodes": 0, "diverged": reason[:300]} | measure(run, steps) | {"metrics": {}}
+        return shown | {"return": None, "episodes": 0, "diverged": reason[:300], "metrics": {}}
     checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    returns = checkpoint["last_returns"]
-    result = {"return": float(np.mean(returns)) if returns else None, "episodes": len(returns)}
-    return result | measure(run, steps) | {"global_step": checkpoint["global_step"]}
+    shown["global_step"] = checkpoint["global_step"]
+    if "last_returns" in checkpoint:
+        returns = checkpoint["last_returns"]
+        shown["return"] = float(np.mean(returns)) if returns else None
+        shown["episodes"] = len(returns)
+    return shown
 
 
 class Runner:
@@ -183,16 +203,20 @@ class Runner:
     def __init__(self):
         self.processes, self.lock, self.stopped = set(), threading.Lock(), False
 
-    def run(self, command, steps):
-        """Run one command; returns its versions and what `outcome` does. Raises RuntimeError with its output."""
+    def run(self, job):
+        """Run the command of a job; returns versions and what `outcome` does. Raises RuntimeError with its output."""
+        script, *flags = job["command"]
         paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "w+") as output:
             with self.lock:
                 if self.stopped:
                     raise RuntimeError("not started")
-                known = versions() | {"script": fingerprint(command[0])}
+                known = versions(script)
+                WARM_STARTS.mkdir(parents=True, exist_ok=True)
+                Path(folder, "runs").mkdir()
+                Path(folder, "runs", "warm_starts").symlink_to(WARM_STARTS)
                 process = subprocess.Popen(
-                    [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
+                    [sys.executable, str(REPOSITORY / script), *flags],
                     cwd=folder,
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},  # relative ones are not of `folder`
                     stdin=subprocess.DEVNULL,
@@ -204,7 +228,7 @@ class Runner:
             process.wait()
             self.processes.discard(process)
             output.seek(0)
-            return known | outcome(process.returncode, output.read(), folder, steps)
+            return known | outcome(process.returncode, output.read(), folder, job["lag"], job["steps"])
 
     def stop(self):
         """End all runs at once, with their actors."""
@@ -263,7 +287,7 @@ def main(args):
     failed, runner = {}, Runner()
     progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(runner.run, job["command"], args.steps): job for job in jobs.values()}
+        futures = {pool.submit(runner.run, job): job for job in jobs.values()}
         try:
             for future in as_completed(futures):
                 job = futures[future]

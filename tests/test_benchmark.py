@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from conftest import REPOSITORY
 from matplotlib.text import Text
 
 sys.path.insert(0, str(REPOSITORY / "benchmark"))
-import llm
 import plot
+import plot_llm
 import run as runner
 import throughput
 
@@ -109,29 +108,43 @@ def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
 def test_the_runs_of_every_study_of_language_models_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
     """As above. What is shown of clipped ratios has no share of steps over a budget, which is the filter's."""
     calls = calls_of(study, monkeypatch)
-    assert calls
-    for program, *flags in calls:
-        assert program.endswith("llm.py")
-        args = tyro.cli(llm.Args, args=flags)
-        args = replace(args, out=Path(args.out.name), reuse=())
-        places = itertools.product(args.methods, args.lags, args.seeds)
-        for number, (method, lag, seed) in enumerate(places):
-            script, *command = llm.command_of(method, lag, seed, args)
+    assert [Path(program).name for program, *_ in calls] == ["run.py", "plot_llm.py"] * (len(calls) // 2)
+    for (_, *flags), (_, results) in zip(calls[::2], calls[1::2], strict=True):
+        args = tyro.cli(runner.Args, args=flags)
+        assert str(args.out) == results
+        assert plot_llm.table(plot_llm.read(args.out)) + "\n" == args.out.with_suffix(".md").read_text()  # the recorded
+        path = Path(args.out.name)
+        places = itertools.product(args.methods, args.env_ids, args.lags, args.seeds)
+        for number, (method, env_id, lag, seed) in enumerate(places):
+            script, *command = runner.command_of(method, env_id, seed, lag, args)
             tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=command)
             metrics = {"charts/reward": 0.5, "filter/gate_open": 0.25, "filter/dropped": 0.125}
-            made_up = {"method": method, "lag": lag, "seed": seed, "command": [script, *command], "commit": "abc"}
-            made_up |= {"accuracy": [(0, 0.5), (25, 0.5 + number / 1000)], "metrics": metrics}
-            runner.append_record(args.out, made_up)
-        llm.main(args)  # all runs are there
-        assert args.out.with_suffix(".png").exists()
+            made_up = record(method, env_id, lag, seed, None, command=[script, *command], metrics=metrics)
+            runner.append_record(path, made_up | {"accuracy": [(0, 0.5), (25, 0.5 + number / 1000)]})
+        plot_llm.main(plot_llm.Args(path))
+        assert path.with_suffix(".png").exists()
         rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]][:-2]
         assert len(rows) == len(args.methods) * len(args.lags)
         for method, lag, seeds, before, *_, over, dropped in rows:
             assert (seeds, before, dropped) == (str(len(args.seeds)), "50.0", "12%") and int(lag) in args.lags
-            assert over.strip() == ("25%" if method.startswith("vaco") and "--no-filter" not in method else "")
+            assert over.strip() == ("25%" if method.startswith("LLM VACO") and "--no-filter" not in method else "")
         first, second, *_ = (row[7] for row in rows if row[1] == rows[0][1])  # pairs of runs of one seed
         ahead = f"{len(args.lags) * len(args.seeds) / 10:+.1f}"
         assert (first.strip(), second) == ("", ", ".join([ahead] * len(args.seeds)))
+
+
+@pytest.mark.slow
+def test_a_language_model_is_trained_and_recorded_by_the_same_runner():
+    flags = "--flags=--warm-start-batches 1 --prompts-per-rollout 8 --eval-size 8 --eval-interval 3"
+    study = [*RUN[:4], "--env-ids", "chain_sum", "--lag-schedule", "fixed", "--lags", "2", "--steps", "6"]
+    done = bash(*study, flags, "--methods", "LLM VACO")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = runner.read_records(Path("results.jsonl"))
+    assert [step for step, _ in run["accuracy"]] == [0, 3, 6] and run["global_step"] > 0
+    assert run["metrics"]["lag/versions_mean"] == 2  # of the batches that can have the whole lag
+    assert run["transformers"] and run["script"] == runner.fingerprint("vaco_async_llm.py")
+    done = bash(sys.executable, str(REPOSITORY / "benchmark" / "plot_llm.py"), "results.jsonl")
+    assert done.returncode == 0 and "| LLM VACO | 2 | 1 |" in Path("results.md").read_text()
 
 
 @pytest.mark.slow
@@ -187,7 +200,7 @@ def test_methods_keep_their_own_flags_and_take_more():
         ("run.py", [*RUN[2:], "--methods", "VACO", "--workers", "0"], "--workers 0: must be"),
         ("run.py", [*RUN[2:], "--methods", "VACO", "--lag-schedule", "async", "--lags", "4"], "use --lags 0"),
         ("plot.py", ["missing.jsonl"], "missing.jsonl: no such file"),
-        ("plot.py", [str(REPOSITORY / "benchmark/results/llm_lag.jsonl")], "benchmark/llm.py draws its own"),
+        ("plot.py", [str(REPOSITORY / "benchmark/results/llm_lag.jsonl")], "benchmark/plot_llm.py draws them"),
         ("plot.py", [str(REPOSITORY / "benchmark/results/tensorboard.png")], "is no file of results"),
     ],
 )
@@ -258,7 +271,7 @@ def test_a_half_written_record_is_skipped_and_never_added_to(capsys):
 
 def test_a_run_that_ends_without_a_word_is_a_failure():
     with pytest.raises(RuntimeError, match="exit code 137"):
-        runner.outcome(137, "", ".", 100)
+        runner.outcome(137, "", ".", 0, 100)
 
 
 def record(method, env_id, lag, seed, value, **changes):
@@ -331,16 +344,6 @@ def test_scores_of_the_last_tenth_of_the_steps_are_by_the_same_scale():
     np.testing.assert_allclose(results.scores("VACO", 0)[:, 0], [1.0, 1.0])
     np.testing.assert_allclose(results.scores("VACO", 0, results.ends)[:, 0], [1.3, 1.5])  # joined: 0, 10, 20
     assert rows_of(plot.tables(results), "last tenth")["VACO"] == ["1.40 (2)"]
-
-
-@pytest.mark.parametrize("study", ["llm_lag", "llm_threshold", "llm_clipping"])
-def test_the_tables_of_language_models_are_those_of_the_recorded_runs(study, monkeypatch):
-    monkeypatch.setattr(llm, "run", None)  # no run is missing
-    for _, *flags in calls_of(study, monkeypatch):
-        args = tyro.cli(llm.Args, args=flags)
-        out = Path(shutil.copy(args.out, args.out.name))
-        llm.main(replace(args, out=out))
-        assert out.with_suffix(".md").read_text() == args.out.with_suffix(".md").read_text()
 
 
 def test_statistics_by_hand():
