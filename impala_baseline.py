@@ -658,16 +658,20 @@ def average(tensor):
 
 
 def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
-    tensor is clipped, stepped and averaged much faster than many small ones."""
-    parameters = list(agent.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        parameter.data = weights.view_as(parameter).copy_(parameter.data)
-        parameter.grad = grad.view_as(parameter)
+    """Make the parameters of an agent views of one vector [P], which is stepped and averaged faster, and return it."""
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(vector.data, agent.parameters())
     return vector
+
+
+def gradient(minibatch_loss, agent, args, *rows):
+    """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), a mean over all
+    learners, no longer than args.max_grad_norm, and what is logged."""
+    loss, logs = minibatch_loss(agent, args, *rows)
+    vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
+    average(vector)
+    norm = vector.norm()
+    return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
 
 
 def update_statistics(statistics, samples):
@@ -748,11 +752,11 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = list(agent.parameters()) if atari else [flatten(agent)]  # the CNN's tensors are large enough
+    weights = flatten(agent)
     if atari:  # torch adds eps to the root, TensorFlow under it; the published value is kept, as in torchbeast
-        optimizer = torch.optim.RMSprop(weights, lr=args.learning_rate, alpha=0.99, eps=0.01)
+        optimizer = torch.optim.RMSprop([weights], lr=args.learning_rate, alpha=0.99, eps=0.01)
     else:
-        optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
+        optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 
@@ -836,13 +840,9 @@ def train(args):
             for _ in range(args.update_epochs):
                 sequences = torch.randperm(valid.shape[1]).to(device)
                 for mb in sequences.chunk(args.num_minibatches):
-                    loss, logs = impala_minibatch(agent, args, *(column.index_select(1, mb) for column in columns))
-                    optimizer.zero_grad(set_to_none=atari)
-                    loss.backward()
+                    mb_columns = [column.index_select(1, mb) for column in columns]
                     # Every learner has as many sequences, with a few more or less dummy rows, and counts the same
-                    for weight in weights:
-                        average(weight.grad)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+                    weights.grad, logs = gradient(impala_minibatch, agent, args, *mb_columns)
                     optimizer.step()
                     minibatch_logs.append(logs)
 

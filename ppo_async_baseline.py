@@ -74,7 +74,7 @@ class Args:
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
-    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
+    compile: bool = False  # if toggled, gradients are compiled: faster after half a minute; needs a C++ compiler
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
     learner_threads: int = 1  # CPU threads of the learner; the MLPs do not gain from more, the CNN does
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
@@ -392,6 +392,9 @@ def clip_loss(ratios, advantages, clip_coef):
 
 def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logprobs, learner_log_ratios, targets):
     """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
+    if args.norm_adv:
+        advantages = advantages - average(advantages.mean())
+        advantages = advantages / (average(advantages.square().mean()).sqrt() + 1e-8)
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
@@ -653,16 +656,20 @@ def average(tensor):
 
 
 def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
-    tensor is clipped, stepped and averaged much faster than many small ones."""
-    parameters = list(agent.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        parameter.data = weights.view_as(parameter).copy_(parameter.data)
-        parameter.grad = grad.view_as(parameter)
+    """Make the parameters of an agent views of one vector [P], which is stepped and averaged faster, and return it."""
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(vector.data, agent.parameters())
     return vector
+
+
+def gradient(minibatch_loss, agent, args, *rows):
+    """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), a mean over all
+    learners, no longer than args.max_grad_norm, and what is logged."""
+    loss, logs = minibatch_loss(agent, args, *rows)
+    vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
+    average(vector)
+    norm = vector.norm()
+    return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
 
 
 def update_statistics(statistics, samples):
@@ -743,9 +750,12 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = list(agent.parameters()) if atari else [flatten(agent)]  # the CNN's tensors are large enough
-    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, eps=1e-5, fused=True)
-    minibatch_loss = torch.compile(ppo_minibatch, dynamic=True) if args.compile else ppo_minibatch
+    weights = flatten(agent)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    compute_gradient = gradient
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
+        compute_gradient = torch.compile(gradient, dynamic=True)
     kl_coef = torch.tensor(args.kl_coef, device=device)  # a tensor: --compile would take a number for a constant
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
@@ -836,22 +846,13 @@ def train(args):
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
             counts = gather(len(b_obs))  # every learner uses as many rows as the one with the fewest
+            b_fields = (b_advantages, b_obs, b_actions, b_behavior_logprobs, b_learner_log_ratios, b_targets)
             minibatch_logs = []
             for _ in range(args.update_epochs):
                 rows = torch.randperm(len(b_obs))[: min(counts)].to(device)
                 for mb in rows.tensor_split(args.num_minibatches):
-                    mb_advantages = b_advantages[mb]
-                    if args.norm_adv:
-                        mb_advantages -= average(mb_advantages.mean())
-                        mb_advantages /= average(mb_advantages.square().mean()).sqrt() + 1e-8
-                    mb_logprobs = (b_behavior_logprobs[mb], b_learner_log_ratios[mb])
-                    mb_rows = (mb_advantages, b_obs[mb], b_actions[mb], *mb_logprobs, b_targets[mb])
-                    loss, logs = minibatch_loss(agent, args, kl_coef, *mb_rows)
-                    optimizer.zero_grad(set_to_none=atari)
-                    loss.backward()
-                    for weight in weights:
-                        average(weight.grad)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+                    mb_fields = [field.index_select(0, mb) for field in b_fields]
+                    weights.grad, logs = compute_gradient(ppo_minibatch, agent, args, kl_coef, *mb_fields)
                     optimizer.step()
                     minibatch_logs.append(logs)
                 if args.target_kl is not None:

@@ -135,6 +135,8 @@ class Args:
         samples = self.rollouts_per_batch * self.num_steps * self.num_envs
         if samples % self.num_minibatches or samples < 4 * self.num_minibatches:
             raise ValueError(f"--num-minibatches {self.num_minibatches}: must split {samples} samples into 4s or more")
+        if self.actor_device == "cuda" and not (self.cuda and torch.cuda.is_available()):
+            raise ValueError("--actor-device cuda: needs a GPU, and not --no-cuda")
         if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
             raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
         atari_actions(self.env_id)
@@ -300,6 +302,9 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
 
 def vaco_minibatch(agent, args, advantages, obs, actions, behavior_logprobs, learner_ratios, targets):
     """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
+    if args.norm_adv:
+        advantages = advantages - average(advantages.mean())
+        advantages = advantages / (average(advantages.square().mean()).sqrt() + 1e-8)
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
@@ -563,6 +568,23 @@ def keep_freed_memory():
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def flatten(agent):
+    """Make the parameters of an agent views of one vector [P], which is stepped and averaged faster, and return it."""
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(vector.data, agent.parameters())
+    return vector
+
+
+def gradient(minibatch_loss, agent, args, *rows):
+    """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), a mean over all
+    learners, no longer than args.max_grad_norm, and what is logged."""
+    loss, logs = minibatch_loss(agent, args, *rows)
+    vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
+    average(vector)
+    norm = vector.norm()
+    return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
+
+
 def check_finite(place, numbers):
     """End the run if any of `numbers`, {name: array or tensor}, is not finite."""
     broken = [name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all()]
@@ -600,7 +622,8 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    weights = flatten(agent)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
     # As many slots as one batch needs, and at least one per actor: more would make data older, and nothing faster
@@ -694,22 +717,13 @@ def train(args):
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
             counts = gather(len(b_obs))  # every learner uses as many rows as the one with the fewest
+            b_fields = (b_advantages, b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_targets)
             minibatch_logs = []
             for _ in range(args.update_epochs):
                 rows = torch.randperm(len(b_obs))[: min(counts)].to(device)
                 for mb in rows.tensor_split(args.num_minibatches):
-                    mb_advantages = b_advantages[mb]
-                    if args.norm_adv:
-                        mb_advantages -= average(mb_advantages.mean())
-                        mb_advantages /= average(mb_advantages.square().mean()).sqrt() + 1e-8
-                    mb_obs = b_obs.index_select(0, mb)
-                    mb_rows = (mb_obs, b_actions[mb], b_behavior_logprobs[mb], b_learner_ratios[mb], b_targets[mb])
-                    loss, logs = vaco_minibatch(agent, args, mb_advantages, *mb_rows)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    for parameter in agent.parameters():
-                        average(parameter.grad)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    mb_fields = [field.index_select(0, mb) for field in b_fields]
+                    weights.grad, logs = gradient(vaco_minibatch, agent, args, *mb_fields)
                     optimizer.step()
                     minibatch_logs.append(logs)
 

@@ -148,6 +148,8 @@ class Args:
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
         if self.num_minibatches > self.rollouts_per_batch * self.prompts_per_rollout * self.group_size:
             raise ValueError(f"--num-minibatches {self.num_minibatches}: a batch has not so many completions")
+        if self.actor_device == "cuda" and not (self.cuda and torch.cuda.is_available()):
+            raise ValueError("--actor-device cuda: needs a GPU, and not --no-cuda")
         if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
             raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
         if self.task in EVALUATING:

@@ -66,7 +66,7 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
-    compile: bool = False  # if toggled, the loss is compiled: faster after half a minute; needs a C++ compiler
+    compile: bool = False  # if toggled, gradients are compiled: faster after half a minute; needs a C++ compiler
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
@@ -290,6 +290,9 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
 
 def vaco_minibatch(agent, args, advantages, obs, actions, behavior_logprobs, learner_ratios, targets):
     """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
+    if args.norm_adv:
+        advantages = advantages - average(advantages.mean())
+        advantages = advantages / (average(advantages.square().mean()).sqrt() + 1e-8)
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
@@ -545,16 +548,20 @@ def average(tensor):
 
 
 def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], their gradients views of its gradient; returns it. One
-    tensor is clipped, stepped and averaged much faster than many small ones."""
-    parameters = list(agent.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weights, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        parameter.data = weights.view_as(parameter).copy_(parameter.data)
-        parameter.grad = grad.view_as(parameter)
+    """Make the parameters of an agent views of one vector [P], which is stepped and averaged faster, and return it."""
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(vector.data, agent.parameters())
     return vector
+
+
+def gradient(minibatch_loss, agent, args, *rows):
+    """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), a mean over all
+    learners, no longer than args.max_grad_norm, and what is logged."""
+    loss, logs = minibatch_loss(agent, args, *rows)
+    vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
+    average(vector)
+    norm = vector.norm()
+    return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
 
 
 def update_statistics(statistics, samples):
@@ -600,7 +607,10 @@ def train(args):
     agent.to(device)
     weights = flatten(agent)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
-    minibatch_loss = torch.compile(vaco_minibatch, dynamic=True) if args.compile else vaco_minibatch
+    compute_gradient = gradient
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
+        compute_gradient = torch.compile(gradient, dynamic=True)
     statistics = {"obs": RunningMeanStd(shape=obs_size), "returns": RunningMeanStd(epsilon=0, shape=())}
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
@@ -702,20 +712,13 @@ def train(args):
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
             counts = gather(len(b_obs))  # every learner uses as many rows as the one with the fewest
+            b_fields = (b_advantages, b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_targets)
             minibatch_logs = []
             for _ in range(args.update_epochs):
                 rows = torch.randperm(len(b_obs))[: min(counts)].to(device)
                 for mb in rows.tensor_split(args.num_minibatches):
-                    mb_advantages = b_advantages[mb]
-                    if args.norm_adv:
-                        mb_advantages -= average(mb_advantages.mean())
-                        mb_advantages /= average(mb_advantages.square().mean()).sqrt() + 1e-8
-                    mb_rows = (b_obs[mb], b_actions[mb], b_behavior_logprobs[mb], b_learner_ratios[mb], b_targets[mb])
-                    loss, logs = minibatch_loss(agent, args, mb_advantages, *mb_rows)
-                    weights.grad.zero_()
-                    loss.backward()
-                    average(weights.grad)
-                    logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+                    mb_fields = [field.index_select(0, mb) for field in b_fields]
+                    weights.grad, logs = compute_gradient(vaco_minibatch, agent, args, *mb_fields)
                     optimizer.step()
                     minibatch_logs.append(logs)
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vaco_async_mujoco import Args, MlpAgent, flatten, tv_filter, vaco_minibatch, vtrace
+from vaco_async_mujoco import Args, MlpAgent, flatten, gradient, tv_filter, vaco_minibatch, vtrace
 
 
 def make_columns(seed, steps=12, num_envs=4, done_rate=0.25):
@@ -236,7 +237,7 @@ def test_loss_divides_by_all_samples_and_gives_dropped_ones_no_gradient(filterin
     behavior_logprobs, values = torch.full((4,), -2.0), torch.tensor([0.0, 1.0, 2.0, 3.0], requires_grad=True)
     logprobs = (behavior_logprobs + ratios.log()).requires_grad_()
     agent = SimpleNamespace(evaluate=lambda obs, actions: (logprobs, torch.tensor(1.5), values))
-    args = Args(filter=filtering, tv_threshold=0.0, ent_coef=0.1, vf_coef=0.3)
+    args = Args(filter=filtering, tv_threshold=0.0, norm_adv=False, ent_coef=0.1, vf_coef=0.3)
     loss, logs = vaco_minibatch(agent, args, advantages, None, None, behavior_logprobs, torch.ones(4), torch.ones(4))
     policy_loss = -(keep * ratios * advantages).sum() / 4
     assert logs["losses/policy_loss"] == pytest.approx(policy_loss.item())
@@ -245,6 +246,17 @@ def test_loss_divides_by_all_samples_and_gives_dropped_ones_no_gradient(filterin
     loss.backward()
     torch.testing.assert_close(logprobs.grad, -keep * ratios * advantages / 4)
     torch.testing.assert_close(values.grad, 0.3 * (values.detach() - 1) / 4)
+
+
+def test_advantages_are_normalised_before_they_are_filtered():
+    """All are positive; two are below the mean, so that it is their ratios below 1 that raise the total variation."""
+    advantages, ratios = torch.tensor([1.0, 2.0, 4.0, 5.0]), torch.tensor([1.1, 0.9, 1.2, 0.8])
+    agent = SimpleNamespace(evaluate=lambda obs, actions: (ratios.log(), torch.tensor(0.0), torch.zeros(4)))
+    args = Args(tv_threshold=0.0)
+    _, logs = vaco_minibatch(agent, args, advantages, None, None, torch.zeros(4), torch.ones(4), torch.zeros(4))
+    normalised = torch.tensor([-2.0, -1.0, 1.0, 2.0]) / 2.5**0.5
+    keep = torch.tensor([True, False, False, True])
+    assert logs["losses/policy_loss"] == pytest.approx(-(keep * ratios * normalised).mean().item())
 
 
 def test_the_filter_measures_from_the_policy_that_is_asked_for():
@@ -257,22 +269,28 @@ def test_the_filter_measures_from_the_policy_that_is_asked_for():
         assert logs["filter/gate_open"] == expected
 
 
-def test_one_vector_of_parameters_is_as_good_as_many():
-    """Values, gradients and a step of Adam are those of a copy whose parameters are apart."""
+@pytest.mark.parametrize("largest", [0.01, 100.0])  # clipped, and not
+def test_one_vector_of_parameters_is_as_good_as_many(largest):
+    """Values, gradients, clipping and a step of Adam are those of a copy whose parameters are apart."""
     torch.manual_seed(0)
     agent, obs, actions = MlpAgent(7, 2), torch.randn(5, 7), torch.randn(5, 2)
     apart = deepcopy(agent)
     vector = flatten(agent)
     pairs = list(zip(agent.parameters(), apart.parameters(), strict=True))
     assert all(torch.equal(one, other) for one, other in pairs)
-    for model in (agent, apart):
+
+    def loss_of(model, _, obs, actions):
         logprobs, _, values = model.evaluate(obs, actions)
-        (logprobs + values.square()).mean().backward()
+        return (logprobs + values.square()).mean(), {}
+
+    vector.grad, logs = gradient(loss_of, agent, Args(max_grad_norm=largest), obs, actions)
+    loss_of(apart, None, obs, actions)[0].backward()
+    torch.testing.assert_close(logs["losses/grad_norm"], nn.utils.clip_grad_norm_(apart.parameters(), largest))
     gradients = [other.grad.flatten() for _, other in pairs]
-    assert all(gradient.any() for gradient in gradients)
+    assert all(part.any() for part in gradients)
     torch.testing.assert_close(vector.grad, torch.cat(gradients), atol=1e-6, rtol=1e-5)
-    for one, other in pairs:
-        other.grad.copy_(one.grad)  # but for rounding they are equal
+    for part, (_, other) in zip(vector.grad.split([len(part) for part in gradients]), pairs, strict=True):
+        other.grad.copy_(part.view_as(other))  # but for rounding they are equal
     for parameters in ([vector], list(apart.parameters())):
         torch.optim.Adam(parameters, lr=1e-3, eps=1e-5, fused=True).step()
     for one, other in pairs:

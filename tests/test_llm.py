@@ -770,6 +770,7 @@ BAD = [
     ({"temperature": 0.0}, "--temperature 0.0: must be at least 0.001"),
     ({"num_minibatches": 100}, "--num-minibatches 100: a batch has not so many completions"),
     ({"resume": "."}, "--resume .: is not the folder of a run"),
+    ({"actor_device": "cuda", "cuda": False}, "--actor-device cuda: needs a GPU"),
 ]
 
 
