@@ -75,7 +75,7 @@ class Args:
     actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
     max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
-    env_id: str = "HalfCheetah-v4"  # a continuous task of envpool or gymnasium; yours: my_module:MyEnv-v0 (see README)
+    env_id: str = "HalfCheetah-v4"  # a continuous task of envpool or gymnasium; yours: my_module:MyEnv-v0
     total_timesteps: int = 1_000_000  # environment steps to train for
     num_actors: int = 4  # actor processes (per learner); data is about num_actors / rollouts_per_batch versions old
     num_envs: int = 16  # environments per actor

@@ -30,7 +30,7 @@ run --out "$results/${study}_lag8.jsonl" "${common[@]}" --methods "${budgets[@]}
 run --out "$results/${study}_epochs.jsonl" "${common[@]}" --methods "${epochs[@]}" --lags 0
 lag8=("$results/${study}_lag8.jsonl" --lags 8)
 plot "${lag8[@]}" --figures main return tv
-[ $smoke ] || plot "${lag8[@]}" --figures curves profile --methods VACO "${parts[@]}" --out "$results/${study}_parts"
-[ $smoke ] || plot "${lag8[@]}" --figures curves profile --methods VACO "${wider[@]}" --out "$results/${study}_wider"
+[ $smoke ] || plot "${lag8[@]}" --figures curves --methods VACO "${parts[@]}" --out "$results/${study}_parts"
+[ $smoke ] || plot "${lag8[@]}" --figures curves --methods VACO "${wider[@]}" --out "$results/${study}_wider"
 plot "${lag8[@]}" --figures return curves tv --x tv-threshold=0.2 --methods "${budgets[@]}" --out "$results/${study}_threshold"
 plot "$results/${study}_epochs.jsonl" --x update-epochs=10 --methods "${epochs[@]}"

@@ -14,4 +14,4 @@ if [ ! $smoke ]; then
     run "${common[@]}" --env-ids HalfCheetah-v4 --methods "VACO" "PPO-clip" --seeds $((seeds + 1)) $((seeds + 2))
     run "${common[@]/$study.jsonl/hopper_1m.jsonl}" --env-ids Hopper-v4 --methods "VACO --tv-threshold 0.1" --seeds $(seq 1 "$seeds")
 fi
-plot "$results/$study.jsonl" --figures main return curves profile
+plot "$results/$study.jsonl" --figures main return curves

@@ -3,8 +3,7 @@
     python benchmark/plot.py benchmark/results/mujoco_lag.jsonl
 
 writes beside the results, with their name: .md with all tables, and figures: _main (return of all environments against
-lag, and the probability that VACO is better), _return (each environment by itself), _curves (learning curves), _profile
-(performance profiles), _tv (total variation and dropped share against lag).
+lag), _return (each environment by itself), _curves (learning curves), _tv (total variation and dropped share).
 
 Scores are normalised per environment. 0 is the policy before training (the method "untrained": a Gaussian of standard
 deviation 1 around nearly 0). 1 is the best mean at the smallest lag, among those methods in the files (without more
@@ -15,7 +14,6 @@ interquartile mean over all runs of all environments, from the seeds that a meth
 """
 
 import itertools
-import math
 import re
 import sys
 import textwrap
@@ -48,13 +46,15 @@ LOOKS = {
     "PPO-clip": ("#D55E00", "s", "-"),
     "PPO-KL": ("#CC79A7", "D", "-"),
     "SPO": ("#009E73", "P", "-"),
-    "decoupled PPO": ("#0072B2", "X", "-"),
+    "decoupled PPO": ("#00508F", "X", "-"),
     "IMPALA": ("#E69F00", "h", "-"),
     "IMPALA, 1 epoch": ("#E69F00", "<", "--"),
     "VACO, no filter": ("#000000", "^", "--"),
     "VACO, no alignment": ("#000000", "v", ":"),
 }
 OTHERS = [("#56B4E9", ">", "-"), ("#8C6D31", "p", "-"), ("#7F7F7F", "8", "-")]  # for methods that are added
+HEADLINE = ("VACO", "PPO-clip", "PPO-KL", "decoupled PPO")
+PARTS = ("VACO", "VACO, no filter", "VACO, no alignment")
 INK, SIZE = "#222222", 8  # of text
 FEWEST = 3  # seeds for an interval: two that happen to be alike give one of no width
 SCHEDULES = {
@@ -71,7 +71,7 @@ PUBLISHED = {
 }
 
 
-Figure = Literal["main", "return", "curves", "profile", "tv"]
+Figure = Literal["main", "return", "curves", "tv"]
 
 
 @dataclass
@@ -281,16 +281,16 @@ def style(methods):
     return styles
 
 
-def clean(ax, title="", **labels):
+def clean(ax, title="", size=SIZE, **labels):
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#999999")
-    ax.tick_params(labelsize=SIZE, color="#999999", labelcolor=INK)
+    ax.tick_params(labelsize=size, color="#999999", labelcolor=INK)
     ax.grid(axis="y", color="#E6E6E6", linewidth=0.6)
     ax.set_axisbelow(True)
-    ax.set_title(title, fontsize=SIZE + 1, color=INK, loc="left")
+    ax.set_title(title, fontsize=size + 1, color=INK, loc="left")
     ax.set(**labels)
     for label in (ax.xaxis.label, ax.yaxis.label):
-        label.set(fontsize=SIZE, color=INK)
+        label.set(fontsize=size, color=INK)
 
 
 def panels(rows, columns, width, height, **options):
@@ -302,15 +302,15 @@ def caption(figure, text):
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=7.5, color="#555555", linespacing=1.4)
 
 
-def label_ends(ax, ends, styles):
+def label_ends(ax, ends, styles, size=SIZE):
     """Names at one x beyond the right ends of lines {method: (x, y)}, moved apart as little as possible."""
     ends = sorted(ends.items(), key=lambda item: item[1][1])
     low, high = ax.get_ylim()
-    gap = 1.35 * SIZE / 72 / (ax.figure.get_figheight() * ax.get_position().height)
+    gap = 1.35 * size / 72 / (ax.figure.get_figheight() * ax.get_position().height)
     steps, heights = gap * np.arange(len(ends)), np.array([(y - low) / (high - low) for _, (_, y) in ends])
     places = isotonic_regression(heights - steps).x.clip(0, max(1 - gap * (len(ends) - 1), 0)) + steps if ends else []
     for (method, end), place in zip(ends, places, strict=True):
-        text = {"fontsize": SIZE, "color": INK, "fontweight": "bold" if method == "VACO" else "normal", "va": "center"}
+        text = {"fontsize": size, "color": INK, "fontweight": "bold" if method == "VACO" else "normal", "va": "center"}
         text["arrowprops"] = {"arrowstyle": "-", "color": styles[method]["color"], "lw": 0.9, "relpos": (0, 0.5)}
         ax.annotate(method, end, (1.07, place), textcoords="axes fraction", annotation_clip=False, **text)
 
@@ -354,24 +354,40 @@ def draw_lines(ax, results, points, seeds=None):
 
 
 def plot_main(results):
-    """Return against lag over all environments, and the probability that VACO is better than each other method."""
-    others = [method for method in results.methods if (method, results.xs[0]) in results.improvement]
-    ratios = [3.4 if len(results.xs) > 1 else 1, *([1] * len(results.xs) if others else [])]
-    figure = plt.figure(figsize=(11, max(4, 1.5 + 0.3 * len(results.methods))), layout="constrained")
-    ax, *axes = figure.add_gridspec(1, len(ratios), width_ratios=ratios).subplots(squeeze=False)[0]
-    draw_lines(ax, results, {method: [results.iqm[method, x] for x in results.xs] for method in results.methods})
-    clean(ax, f"IQM of normalised return (0: untrained, 1: best mean at lag {results.first})")
-    for part, x in zip(axes, results.xs, strict=False):
-        points = {method: results.improvement[method, x] for method in others}
-        draw_dots(part, points, style(results.methods), named=part is axes[0])
-        part.axvline(0.5, color="#888888", linewidth=1, linestyle="--", zorder=1)
-        part.set_xticks((0, 0.5, 1), ["0", "½", "1"])
-        middle = part is axes[len(axes) // 2]
-        clean(part, results.at(x), xlim=(-0.06, 1.06), xlabel="probability that a run of VACO is better" * middle)
-    text = (
-        f"Last 100 episodes; {results.about(complete=True)} Bars: 95 % stratified bootstrap intervals, from 3 seeds on"
-    )
-    caption(figure, f"{text} (hollow: fewer); from few seeds they are too narrow.")
+    """The first figure: return over all environments against lag, a few methods on the left, parts of VACO on the
+    right. Of one lag only, a row per method, and the probability that VACO is better."""
+    if len(results.xs) == 1:
+        return plot_rows(results)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    styles = style(results.methods)
+    titles = ("methods", "parts of VACO")
+    for ax, title, names in zip(axes, titles, (HEADLINE, PARTS), strict=True):
+        ends = {}
+        for method in [method for method in results.methods if method in names]:
+            value, low, high = np.array([results.iqm[method, x] for x in results.xs]).T
+            ax.plot(value, label=method, **styles[method])
+            ax.fill_between(range(len(value)), low, high, color=styles[method]["color"], alpha=0.15, linewidth=0)
+            ends[method] = len(value) - 1, value[-1]
+        ax.set_xticks(range(len(results.xs)), [f"{x:g}" for x in results.xs])
+        ax.set_xlim(0, len(results.xs) - 1)
+        labels = {"ylabel": "normalised return" * (ax is axes[0]), "xlabel": results.x_name.replace("-", " ")}
+        clean(ax, title, size=11, **labels)
+        label_ends(ax, ends, styles, size=11)
+    return figure
+
+
+def plot_rows(results):
+    """Return over all environments at one lag, a row per method, and the probability that VACO is better."""
+    figure, (ax, part) = plt.subplots(1, 2, figsize=(9, 1.5 + 0.3 * len(results.methods)), layout="constrained")
+    (x,) = results.xs
+    styles = style(results.methods)
+    draw_dots(ax, {method: results.iqm[method, x] for method in results.methods}, styles)
+    clean(ax, f"IQM of normalised return, {results.at(x)}")
+    draw_dots(part, {method: results.improvement[method, x] for method, _ in results.improvement}, styles)
+    part.axvline(0.5, color="#888888", linewidth=1, linestyle="--", zorder=1)
+    clean(part, "probability that VACO is better", xlim=(-0.06, 1.06))
+    text = f"Last 100 episodes; {results.about(complete=True)} Bars: 95 % intervals, from 3 seeds on (hollow: fewer)"
+    caption(figure, f"{text}; from few seeds they are too narrow.")
     return figure
 
 
@@ -412,43 +428,6 @@ def plot_curves(results):
         label_ends(ax, ends[ax], styles)
     text = "Return of the episodes that ended, mean over seeds; lines join where none did."
     caption(figure, f"{text} {results.about()} Shaded: 95 % intervals, from 3 seeds on; from few they are too narrow.")
-    return figure
-
-
-def plot_profile(results):
-    """Performance profiles, the share of runs above a normalised score: each method beside VACO, per lag."""
-    others, styles = [method for method in results.methods if method != "VACO"] or ["VACO"], style(results.methods)
-    scores = {(method, x): results.scores(method, x) for method in results.methods for x in results.xs}
-    values = np.concatenate([[0, 1], *(part.ravel() for part in scores.values())])
-    taus = np.linspace(values.min() - 0.05, values.max() + 0.05, 401)
-    shown = list(itertools.product(results.xs, others))
-    columns = len(others) if len(results.xs) > 1 else min(len(others), 4)
-    rows = math.ceil(len(shown) / columns)
-    figure, axes = panels(rows, columns, 0.8 + 1.5 * columns, 1.1 + 1.6 * rows)
-    for (i, j), ax in np.ndenumerate(axes):
-        if i * columns + j >= len(shown):
-            ax.set_axis_off()
-            continue
-        x, other = shown[i * columns + j]
-        for method in dict.fromkeys(("VACO", other)):
-            part = scores.get((method, x), ())
-            if len(part):
-                shares = interval(part, lambda drawn: (drawn[..., None] > taus).mean(axis=(0, 1)), results.reps)
-                look = {name: styles[method][name] for name in ("color", "linestyle", "zorder")}
-                ax.plot(taus, shares[0], linewidth=1.4, label=method, **look)
-                ax.fill_between(taus, *shares[1:], color=look["color"], alpha=0.15, linewidth=0)
-            elif method == other:
-                ax.text(0.5, 0.5, "no runs", transform=ax.transAxes, ha="center", fontsize=SIZE, color="#888888")
-        last = i * columns + j + columns >= len(shown)
-        labels = {"xlabel": "score" * last, "ylabel": results.at(x) * (j == 0)}
-        clean(ax, ylim=(0, 1), yticks=(0, 0.5, 1), xlim=(taus[0], taus[-1]), **labels)
-        ax.tick_params(labelleft=j == 0, labelbottom=last)
-        if i == 0 or len(results.xs) == 1:
-            name = textwrap.fill(other, 18)
-            ax.set_title(name, fontsize=SIZE, color=styles[other]["color"], fontweight="bold")
-    text = "Share of runs above a normalised score: the method named above, and VACO (black, solid)."
-    bands = "Bands: 95 % intervals, from 3 seeds on; from few they are too narrow."
-    caption(figure, f"{text} {results.about(complete=True)} {bands}")
     return figure
 
 
@@ -565,7 +544,7 @@ def main(args):
     out = args.out or args.results[0].with_suffix("")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(f"{out.name}.md").write_text(tables(results))
-    plots = {"main": plot_main, "return": plot_return, "curves": plot_curves, "profile": plot_profile, "tv": plot_tv}
+    plots = {"main": plot_main, "return": plot_return, "curves": plot_curves, "tv": plot_tv}
     for name in args.figures:
         figure = plots[name](results)
         figure.savefig(out.with_name(f"{out.name}_{name}.png"), dpi=150)
