@@ -110,6 +110,7 @@ class Args:
     # if True, losses are sums over a minibatch, as published, which max_grad_norm has to fit; if False, means
     sum_loss: bool | None = None
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
+    log_std_init: float = -0.5  # continuous control: log standard deviation of the Gaussian policy at the start
     gamma: float = 0.99  # the discount factor
     gae_lambda: float | None = None  # the trace decay of V-trace, 1 being IMPALA's own
     ent_coef: float | None = None  # coefficient of the entropy bonus
@@ -137,7 +138,7 @@ class Args:
             setattr(self, name, value)
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
             lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            if type(value) in (int, float) and not value >= lowest:
+            if type(value) in (int, float) and not value >= lowest and name != "log_std_init":
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -266,7 +267,7 @@ class MlpAgent(nn.Module):
     The observation statistics are buffers: published, saved and loaded with the weights, frozen while a version acts.
     """
 
-    def __init__(self, obs_size, action_size, log_std_init=0.0):
+    def __init__(self, obs_size, action_size, log_std_init=-0.5):
         super().__init__()
 
         def mlp(out_size, std):
@@ -735,7 +736,7 @@ def train(args):
         statistics = {}
     else:
         obs_size, action_size = continuous_sizes(args.env_id)
-        make_agent = make_actor = partial(MlpAgent, obs_size, action_size)
+        make_agent = make_actor = partial(MlpAgent, obs_size, action_size, args.log_std_init)
         make_envs = partial(ContinuousEnvs, args.env_id, C, gamma=args.gamma)
         rollouts = {"discounted": torch.zeros(S, T, C).share_memory_()}  # return of each episode so far
         obs = torch.zeros(S, T + 1, C, obs_size)
@@ -851,9 +852,13 @@ def train(args):
                 final_logprobs, _, _ = agent.evaluate(obs[:-1], batch["actions"])
             final_ratios = (final_logprobs - batch["logprobs"])[valid].exp()  # [B], pi/beta
             if not atari:
-                update_statistics(statistics["obs"], batch["obs"][:-1][valid])
+                raw_obs = batch["obs"][:-1][valid]
+                update_statistics(statistics["obs"], raw_obs)
                 agent.obs_mean.copy_(torch.from_numpy(statistics["obs"].mean))
                 agent.obs_std.copy_(torch.from_numpy(np.sqrt(statistics["obs"].var + 1e-8)))
+                with torch.no_grad():  # new statistics move the policy, too
+                    new_logprobs, _, _ = agent.evaluate(agent.normalize(raw_obs), batch["actions"][valid])
+                published_ratios = (new_logprobs - batch["logprobs"][valid]).exp()  # [B]
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             losses = {name: mean for name, mean in means.items() if name != "losses/explained_variance"}  # maybe 0 / 0
             check_finite(f"in the batch after step {global_step}", losses | agent.state_dict())
@@ -877,6 +882,8 @@ def train(args):
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
+            if not atari:
+                means["lag/tv_statistics"] = 0.5 * (published_ratios - final_ratios).abs().mean()
             averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
             scalars = dict(zip(means, averages.tolist(), strict=True))
             scalars["lag/versions_max"] = max(gather(version - 1 - min(versions)))

@@ -104,6 +104,7 @@ class Args:
     num_minibatches: int | None = None  # minibatches, that is gradient steps, per pass
     learning_rate: float | None = None  # the learning rate of Adam
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
+    log_std_init: float = -0.5  # continuous control: log standard deviation of the Gaussian policy at the start
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # lambda of GAE
     norm_adv: bool = True  # if toggled, advantages are normalised per minibatch
@@ -140,7 +141,7 @@ class Args:
             setattr(self, name, value)
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
             lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            if type(value) in (int, float) and not value >= lowest:
+            if type(value) in (int, float) and not value >= lowest and name != "log_std_init":
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -271,7 +272,7 @@ class MlpAgent(nn.Module):
     The observation statistics are buffers: published, saved and loaded with the weights, frozen while a version acts.
     """
 
-    def __init__(self, obs_size, action_size, log_std_init=0.0):
+    def __init__(self, obs_size, action_size, log_std_init=-0.5):
         super().__init__()
 
         def mlp(out_size, std):
@@ -733,7 +734,7 @@ def train(args):
         statistics = {}
     else:
         obs_size, action_size = continuous_sizes(args.env_id)
-        make_agent = make_actor = partial(MlpAgent, obs_size, action_size)
+        make_agent = make_actor = partial(MlpAgent, obs_size, action_size, args.log_std_init)
         make_envs = partial(ContinuousEnvs, args.env_id, C, gamma=args.gamma)
         rollouts = {"discounted": torch.zeros(S, T, C).share_memory_()}  # return of each episode so far
         obs = torch.zeros(S, T + 1, C, obs_size)
@@ -873,9 +874,13 @@ def train(args):
                     kl_coef /= 2
                 kl_coef.clamp_(1e-4, 1e4)  # under lag the KL follows only some batches later
             if not atari:
-                update_statistics(statistics["obs"], batch["obs"][:-1][valid])
+                raw_obs = batch["obs"][:-1][valid]
+                update_statistics(statistics["obs"], raw_obs)
                 agent.obs_mean.copy_(torch.from_numpy(statistics["obs"].mean))
                 agent.obs_std.copy_(torch.from_numpy(np.sqrt(statistics["obs"].var + 1e-8)))
+                with torch.no_grad():  # new statistics move the policy, too
+                    new_logprobs, _, _ = agent.evaluate(agent.normalize(raw_obs), b_actions)
+                published_ratios = (new_logprobs - b_behavior_logprobs).exp()  # [B]
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             check_finite(f"in the batch after step {global_step}", means | agent.state_dict())
             version += 1
@@ -900,6 +905,8 @@ def train(args):
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
+            if not atari:
+                means["lag/tv_statistics"] = 0.5 * (published_ratios - final_ratios).abs().mean()
             averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
             scalars = dict(zip(means, averages.tolist(), strict=True))
             scalars["lag/versions_max"] = max(gather(version - 1 - min(versions)))

@@ -108,8 +108,8 @@ class Args:
     rho_bar: float = 1.0  # V-trace: upper bound of the importance weight of a temporal difference
     c_bar: float = 1.0  # V-trace: upper bound of the importance weight by which a trace is carried on
     filter: bool = True  # if toggled, gradients that raise the total variation are dropped while it is over budget
-    # the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. The paper's is 0.2, with
-    # which Pong is hardly learnt in 1M steps; PPO's clip range of 0.1 for Atari allows 0.05
+    # the budget on the total variation itself, 1/2 mean |pi/beta - 1|: THE 1/2 IS INCLUDED. With 0.2, the default
+    # of control, Pong is hardly learnt in 1M steps; PPO's clip range of 0.1 for Atari allows 0.05
     tv_threshold: float = 0.05
     # measured from the policy that acted (backward and forward lag), or the learner's at the batch's arrival (forward)
     tv_anchor: Literal["behavior", "learner"] = "behavior"

@@ -89,6 +89,7 @@ class Args:
     num_minibatches: int = 32  # minibatches, that is gradient steps, per pass
     learning_rate: float = 3e-4  # the learning rate of Adam
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to 0 over total_timesteps
+    log_std_init: float = -0.5  # log standard deviation of the Gaussian policy at the start
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the trace decay of the advantages; 1 gives IMPALA's plain V-trace
     norm_adv: bool = True  # if toggled, advantages are normalised per minibatch, before the filter
@@ -118,7 +119,7 @@ class Args:
             setattr(self, name, value)
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_")))
             lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            if type(value) in (int, float) and not value >= lowest:
+            if type(value) in (int, float) and not value >= lowest and name != "log_std_init":
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -206,7 +207,7 @@ class MlpAgent(nn.Module):
     The observation statistics are buffers: published, saved and loaded with the weights, frozen while a version acts.
     """
 
-    def __init__(self, obs_size, action_size, log_std_init=0.0):
+    def __init__(self, obs_size, action_size, log_std_init=-0.5):
         super().__init__()
 
         def mlp(out_size, std):
@@ -600,7 +601,7 @@ def train(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
     obs_size, action_size = continuous_sizes(args.env_id)
-    make_agent = partial(MlpAgent, obs_size, action_size)
+    make_agent = partial(MlpAgent, obs_size, action_size, args.log_std_init)
     make_envs = partial(ContinuousEnvs, args.env_id, args.num_envs, gamma=args.gamma)
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
@@ -725,9 +726,13 @@ def train(args):
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             with torch.no_grad():
                 final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
-            update_statistics(statistics["obs"], batch["obs"][:-1][valid])
+            raw_obs = batch["obs"][:-1][valid]
+            update_statistics(statistics["obs"], raw_obs)
             agent.obs_mean.copy_(torch.from_numpy(statistics["obs"].mean))
             agent.obs_std.copy_(torch.from_numpy(np.sqrt(statistics["obs"].var + 1e-8)))
+            with torch.no_grad():  # new statistics move the policy, too
+                new_logprobs, _, _ = agent.evaluate(agent.normalize(raw_obs), b_actions)
+            published_ratios = (new_logprobs - b_behavior_logprobs).exp()  # [B]
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             check_finite(f"in the batch after step {global_step}", means | agent.state_dict())
             version += 1
@@ -744,6 +749,7 @@ def train(args):
                 "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean(),
                 "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean(),
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean(),
+                "lag/tv_statistics": 0.5 * (published_ratios - final_ratios).abs().mean(),
                 "lag/ess": b_learner_ratios.mean().square() / b_learner_ratios.square().mean(),
                 "stats/learner_wait": learner_wait / batch_seconds,
                 "stats/actor_wait": sum(wait_times) / sum(wait_times + act_times),
