@@ -1,13 +1,11 @@
-"""Learning curves of runs, as a figure and as a markdown table of means over equal stretches of steps.
+"""What to look at after a first run: return, lag, total variation and the share of samples dropped, as one picture.
 
-    python benchmark/curves.py runs/Pong-v5__* --figure pong.png --stretch 100000
+    python benchmark/curves.py runs/HalfCheetah-v4__* --figure curves.png
 
-A value is the mean of what was logged in the stretch of steps that ends there. A line carries the name of its run,
-`--exp-name`; runs of one name (seeds) are drawn in one colour, each by itself.
+Each run is a line, with the name of its folder in the legend. A point is a mean over a fiftieth of the longest run.
 """
 
-import math
-from collections import defaultdict
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,60 +15,63 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import EngFormatter
+from plot import COLORS, clean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; with line styles, for print in grey
-STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#E69F00", "-"), ("#56B4E9", "--")]
+PANELS = {
+    "return": ("charts/episodic_return", "charts/accuracy"),  # of language models: held-out accuracy
+    "lag in versions": ("lag/versions_mean",),
+    "total variation after the updates": ("lag/tv_total",),
+    "share of samples dropped": ("filter/dropped",),
+}
+POINTS = 50
 
 
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs, as under runs/
-    figure: Path | None = None  # where to draw to (.png, .pdf, .svg); None: the table alone
-    tag: str = "charts/episodic_return"  # what to show, a name as in TensorBoard
-    stretch: int = 100_000  # steps per value
+    figure: Path = Path("curves.png")  # where to draw to (.png, .pdf, .svg)
 
 
-def read(run, tag, stretch):
-    """{end of a stretch in steps: mean of what was logged in it} of a run. Raises SystemExit if the tag is missing."""
+def read(run):
+    """All scalars of a run: {tag: (steps, values)}."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    if tag not in events.Tags()["scalars"]:
-        raise SystemExit(f"error: {run} has no {tag}; it has {', '.join(events.Tags()['scalars']) or 'no scalars'}")
-    values, scalars = defaultdict(list), events.Scalars(tag)
-    stretches = max(round(scalars[-1].step / stretch), 1)  # the steps that a last batch is over count with the last one
-    for event in scalars:
-        values[min(math.ceil(event.step / stretch), stretches) * stretch].append(event.value)
-    return {end: float(np.mean(part)) for end, part in sorted(values.items())}
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag: np.array([(event.step, event.value) for event in part]).T for tag, part in scalars.items()}
+
+
+def stretches(steps, values, last):
+    """The means of values over equal stretches of steps up to `last`: where each ends, and its mean."""
+    ends = np.ceil(steps / last * POINTS) * last / POINTS
+    places = np.unique(ends)
+    return places, np.array([values[ends == place].mean() for place in places])
+
+
+def draw(runs):
+    """A figure of four panels, of {name: what `read` returns}."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for ax, (title, tags) in zip(axes.flat, PANELS.items(), strict=True):
+        shown = {name: scalars[tag] for name, scalars in runs.items() for tag in tags if tag in scalars}
+        last = max((steps[-1] for steps, _ in shown.values()), default=1)
+        for i, name in enumerate(runs):
+            if name in shown:
+                ax.plot(*stretches(*shown[name], last), color=COLORS[i % len(COLORS)], label=name)
+        clean(ax, title, size=9, xlim=(0, None), xlabel="steps" * (ax in axes[1]))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return figure
 
 
 def main(args):
-    # runs/{env_id}__{exp_name}__{seed}__{time}
-    curves = [
-        (run.name.split("__")[1], run.name.split("__")[2], read(run, args.tag, args.stretch)) for run in args.runs
-    ]
-    ends = sorted({end for *_, curve in curves for end in curve})
-    print("| steps |" + "".join(f" {name}, seed {seed} |" for name, seed, _ in curves))
-    print("|---|" + "---|" * len(curves))
-    for end in ends:
-        print(f"| {end} |" + "".join(f" {curve[end]:.4g} |" if end in curve else " |" for *_, curve in curves))
-    if args.figure is None:
-        return
-    names = list(dict.fromkeys(name for name, *_ in curves))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, _, curve in curves:
-        color, style = STYLES[names.index(name) % len(STYLES)]
-        axes.plot(curve.keys(), curve.values(), style, color=color)
-    axes.margins(x=0)
-    floor, gap = -math.inf, 0.04 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    for name, _, curve in sorted(curves, key=lambda curve: curve[2][max(curve[2])]):
-        last = max(curve)
-        floor = max(curve[last], floor + gap)  # names that would overlap move up
-        color = STYLES[names.index(name) % len(STYLES)][0]
-        axes.annotate(f" {name}", (last, floor), color=color, va="center", fontsize=8, annotation_clip=False)
-    axes.set(xlabel="environment steps", ylabel=args.tag)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.figure, dpi=150)
+    runs = {run.name: read(run) for run in args.runs}
+    empty = [name for name, scalars in runs.items() if not scalars]
+    if empty or not runs:
+        print(f"error: {', '.join(empty) or 'no folder of a run'}: nothing is logged there", file=sys.stderr)
+        sys.exit(2)
+    draw(runs).savefig(args.figure, dpi=150)
+    print(f"wrote {args.figure}")
 
 
 if __name__ == "__main__":

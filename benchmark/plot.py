@@ -52,6 +52,7 @@ LOOKS = {
     "VACO, no filter": ("#000000", "^", "--"),
     "VACO, no alignment": ("#000000", "v", ":"),
 }
+COLORS = list(dict.fromkeys(color for color, *_ in LOOKS.values()))
 OTHERS = [("#56B4E9", ">", "-"), ("#8C6D31", "p", "-"), ("#7F7F7F", "8", "-")]  # for methods that are added
 HEADLINE = ("VACO", "PPO-clip", "PPO-KL", "decoupled PPO")
 PARTS = ("VACO", "VACO, no filter", "VACO, no alignment")

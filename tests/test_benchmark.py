@@ -21,6 +21,7 @@ from conftest import REPOSITORY
 from matplotlib.text import Text
 
 sys.path.insert(0, str(REPOSITORY / "benchmark"))
+import curves
 import documents
 import plot
 import plot_llm
@@ -604,6 +605,21 @@ def test_speed_leaves_out_the_start():
     times = [0.0, 50.0, 90.0, 91.0, 92.0, 93.0]
     clock = [SimpleNamespace(step=100 * (i + 1), wall_time=time) for i, time in enumerate(times)]
     assert throughput.speed(clock) == 100.0
+
+
+def test_curves_of_runs_are_means_over_stretches_of_steps():
+    steps = np.arange(1.0, 101.0)  # two steps per point
+    run = {
+        "charts/episodic_return": (steps, steps),
+        "lag/tv_total": (steps, 0 * steps),
+        "filter/dropped": (steps, steps),
+    }
+    figure = curves.draw({"one": run, "shorter": {"charts/episodic_return": (steps[:10], steps[:10])}})
+    returns, lag, _, _ = figure.axes
+    one, shorter = returns.lines
+    np.testing.assert_allclose(one.get_xydata()[:3], [(2, 1.5), (4, 3.5), (6, 5.5)])
+    assert len(one.get_xdata()) == 50 and shorter.get_xydata()[-1].tolist() == [10, 9.5]
+    assert not lag.lines
 
 
 @pytest.mark.slow
