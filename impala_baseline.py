@@ -138,7 +138,8 @@ class Args:
             setattr(self, name, value)
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
             lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            if type(value) in (int, float) and not value >= lowest and name != "log_std_init":
+            lowest -= math.inf if name == "log_std_init" else 0
+            if type(value) in (int, float) and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -245,8 +246,10 @@ def continuous_sizes(env_id):
     try:
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
     except Exception as error:  # whatever its constructor raises
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--env-id {env_id} (yours: my_module:MyEnv-v0) cannot be used: {reason}") from None
+        reason = f"--env-id {env_id} cannot be used: {type(error).__name__}: {error}"
+        name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id) + "-v5"
+        advice = f"envpool has {name}" if name in envpool.list_all_envs() else "yours: my_module:MyEnv-v0, without .py"
+        raise ValueError(f"{reason} ({advice})") from None
     return envs.obs.shape[1], math.prod(envs.space.shape)
 
 
@@ -578,9 +581,10 @@ class Actors:
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
-        # One that raises before the first rollout of the run will do so again
-        if self.restarts > (self.args.max_actor_restarts if self.answered else min(self.args.max_actor_restarts, 1)):
+        if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+        elif self.restarts > 1 and not self.answered:
+            self.stop_reasons.append(f"{problem}; no actor has finished a rollout yet, so another would die, too")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -670,7 +674,7 @@ def gradient(minibatch_loss, agent, args, *rows):
     learners, no longer than args.max_grad_norm, and what is logged."""
     loss, logs = minibatch_loss(agent, args, *rows)
     vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
-    average(vector)
+    vector = average(vector)
     norm = vector.norm()
     return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
 
@@ -902,7 +906,7 @@ def train(args):
             if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
                 recent = np.mean(last_returns or [math.nan])
-                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.4g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
+                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.6g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
         save()
     finally:
         actors.stop()
@@ -915,7 +919,7 @@ def train(args):
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])
-        print(f"{args.env_id}, seed {args.seed}: return {recent:.4g} after {global_step} steps; logs in {folder}")
+        print(f"{args.env_id}, seed {args.seed}: return {recent:.6g} after {global_step} steps; logs in {folder}")
         if args.save_model:
             torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
             print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
@@ -926,9 +930,11 @@ def train(args):
 
 if __name__ == "__main__":
     # Whole numbers may be written as 1e6
-    words = [re.sub(r"(?<![^=])\d+e\d+$", lambda found: str(int(float(found[0]))), word) for word in sys.argv[1:]]
-    args = tyro.cli(Args, description=__doc__, args=words)
-    if args.resume:  # the flags of the run to go on with are the defaults
-        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-        args = tyro.cli(Args, description=__doc__, args=words, default=Args(**saved["args"]))
-    train(args)
+    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
+    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
+    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    options = {}
+    if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
+        saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
+        options["default"] = Args(**saved["args"])
+    train(tyro.cli(Args, description=__doc__, args=words, **options))

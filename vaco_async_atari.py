@@ -479,9 +479,10 @@ class Actors:
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
-        # One that raises before the first rollout of the run will do so again
-        if self.restarts > (self.args.max_actor_restarts if self.answered else min(self.args.max_actor_restarts, 1)):
+        if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+        elif self.restarts > 1 and not self.answered:
+            self.stop_reasons.append(f"{problem}; no actor has finished a rollout yet, so another would die, too")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -580,7 +581,7 @@ def gradient(minibatch_loss, agent, args, *rows):
     learners, no longer than args.max_grad_norm, and what is logged."""
     loss, logs = minibatch_loss(agent, args, *rows)
     vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
-    average(vector)
+    vector = average(vector)
     norm = vector.norm()
     return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
 
@@ -771,7 +772,7 @@ def train(args):
             if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
                 recent = np.mean(last_returns or [math.nan])
-                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.4g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
+                print(f"step {global_step}, {sps:.0f} SPS, return {recent:.6g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
         save()
     finally:
         actors.stop()
@@ -784,7 +785,7 @@ def train(args):
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])
-        print(f"{args.env_id}, seed {args.seed}: return {recent:.4g} after {global_step} steps; logs in {folder}")
+        print(f"{args.env_id}, seed {args.seed}: return {recent:.6g} after {global_step} steps; logs in {folder}")
         if args.save_model:
             torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
             print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
@@ -795,9 +796,11 @@ def train(args):
 
 if __name__ == "__main__":
     # Whole numbers may be written as 1e6
-    words = [re.sub(r"(?<![^=])\d+e\d+$", lambda found: str(int(float(found[0]))), word) for word in sys.argv[1:]]
-    args = tyro.cli(Args, description=__doc__, args=words)
-    if args.resume:  # the flags of the run to go on with are the defaults
-        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-        args = tyro.cli(Args, description=__doc__, args=words, default=Args(**saved["args"]))
-    train(args)
+    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
+    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
+    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    options = {}
+    if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
+        saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
+        options["default"] = Args(**saved["args"])
+    train(tyro.cli(Args, description=__doc__, args=words, **options))

@@ -649,9 +649,10 @@ class Actors:
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         self.restarts += 1
-        # One that raises before the first rollout of the run will do so again
-        if self.restarts > (self.args.max_actor_restarts if self.answered else min(self.args.max_actor_restarts, 1)):
+        if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+        elif self.restarts > 1 and not self.answered:
+            self.stop_reasons.append(f"{problem}; no actor has finished a rollout yet, so another would die, too")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -958,9 +959,11 @@ def train(args):
 
 if __name__ == "__main__":
     # Whole numbers may be written as 1e6
-    words = [re.sub(r"(?<![^=])\d+e\d+$", lambda found: str(int(float(found[0]))), word) for word in sys.argv[1:]]
-    args = tyro.cli(Args, description=__doc__, args=words)
-    if args.resume:  # the flags of the run to go on with are the defaults
-        saved = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-        args = tyro.cli(Args, description=__doc__, args=words, default=Args(**saved["args"]))
-    train(args)
+    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
+    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
+    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    options = {}
+    if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
+        saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
+        options["default"] = Args(**saved["args"])
+    train(tyro.cli(Args, description=__doc__, args=words, **options))

@@ -10,19 +10,16 @@
 #   standard deviation at the start, (2) actions scaled to their bounds, 1 + 2, 1 + 2 + a constant learning rate,
 #   1 + 2 + value targets anew in every epoch, 1 + 2 + a pass of the critic alone before advantages are computed.
 # - Confirmation, 1M steps, seeds 3 to 7: the chosen base and today's. It is kept if its mean score there is higher.
-# The screening is run in a worktree of commit 318b5cd, which alone has the trial flags: those that win become defaults.
-# Tasks with bounds of -1 and 1 (all but Humanoid) are the same with (2) and without it, so they run once.
+# The screening was run by this script's state of commit 318b5cd, which alone has the trial flags: those that won are
+# defaults. Tasks with bounds of -1 and 1 (all but Humanoid) are the same with (2) and without it, so they ran once.
 seeds=5 steps=1000000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4"
 [ $smoke ] && envs="Humanoid-v4"
-std="--log-std-init -0.5" scaled="--scale-actions"
-common=(--lag-schedule fixed --flags="--num-actors 1 --num-envs 16 --num-steps 128")
-methods() { for flags in "$@"; do printf '%s\n' "VACO${flags:+ }$flags" "PPO-clip${flags:+ }$flags"; done; }
-screen() { run "${common[@]}" --out "$results/base_screening.jsonl" --seeds 1 2 --steps $((steps * 3 / 10)) "$@"; }
-screen --env-ids $envs --methods "untrained" --seeds 1
-mapfile -t candidates < <(methods "" "$std" "$std $scaled --no-anneal-lr" "$std $scaled --critic-work targets" \
-    "$std $scaled --critic-work first")
-screen --env-ids $envs --methods "${candidates[@]}"
-mapfile -t scaling < <(methods "$scaled" "$std $scaled")
-screen --env-ids Humanoid-v4 --methods "${scaling[@]}"
+common=(--lag-schedule fixed --out "$results/$study.jsonl" --env-ids $envs)
+one="--num-actors 1 --num-envs 16 --num-steps 128 --compile"
+run "${common[@]}" --methods "untrained" --seeds 1 --flags="$one"
+run "${common[@]}" --methods "VACO" "PPO-clip" "VACO --log-std-init 0" "PPO-clip --log-std-init 0" \
+    --seeds $(seq 3 $((seeds + 2))) --flags="$one"
+plot "$results/$study.jsonl" --figures main return curves
+[ $smoke ] || plot "$results/base_screening.jsonl" --figures main return

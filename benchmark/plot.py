@@ -5,12 +5,11 @@
 writes beside the results, with their name: .md with all tables, and figures: _main (return of all environments against
 lag), _return (each environment by itself), _curves (learning curves), _tv (total variation and dropped share).
 
-Scores are normalised per environment. 0 is the policy before training (the method "untrained": a Gaussian of standard
-deviation 1 around nearly 0). 1 is the best mean at the smallest lag, among those methods in the files (without more
-flags, if there are any without) that have as many seeds there as any; the tables name them. A run without a return,
-because it diverged or no episode ended, counts as 0. IQM is the
-interquartile mean over all runs of all environments, from the seeds that a method has on all of them. Intervals are
-95 % stratified bootstrap intervals of rliable (arXiv 2108.13264), from three seeds on.
+Scores are normalised per environment. 0 is the policy before training (the method "untrained"). 1 is the best mean at
+the smallest lag, among those methods in the files (without more flags, if there are any without) that have as many
+seeds there as any; the tables name them. A run without a return, because it diverged or no episode ended, counts as 0.
+IQM is the interquartile mean over all runs of all environments, from the seeds that a method has on all of them.
+Intervals are 95 % stratified bootstrap intervals of rliable (arXiv 2108.13264), from three seeds on.
 """
 
 import itertools
@@ -359,16 +358,24 @@ def plot_main(results):
     right. Of one lag only, a row per method, and the probability that VACO is better."""
     if len(results.xs) == 1:
         return plot_rows(results)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     styles = style(results.methods)
-    titles = ("methods", "parts of VACO")
-    for ax, title, names in zip(axes, titles, (HEADLINE, PARTS), strict=True):
+    methods = [method for method in results.methods if method not in PARTS or method == "VACO"]
+    if len(methods) > 6:
+        methods = [method for method in methods if method in HEADLINE]
+    panels = {"methods": methods, "parts of VACO": [method for method in results.methods if method in PARTS]}
+    if len(panels["parts of VACO"]) < 2:
+        del panels["parts of VACO"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.4), sharey=True, squeeze=False, layout="constrained")
+    axes = axes[0]
+    for ax, (title, names) in zip(axes, panels.items(), strict=True):
         ends = {}
-        for method in [method for method in results.methods if method in names]:
+        for method in names:
             value, low, high = np.array([results.iqm[method, x] for x in results.xs]).T
-            ax.plot(value, label=method, **styles[method])
+            ax.plot(value, label=method, clip_on=False, **styles[method])
             ax.fill_between(range(len(value)), low, high, color=styles[method]["color"], alpha=0.15, linewidth=0)
-            ends[method] = len(value) - 1, value[-1]
+            there = np.flatnonzero(np.isfinite(value))
+            if len(there):
+                ends[method] = there[-1], value[there[-1]]
         ax.set_xticks(range(len(results.xs)), [f"{x:g}" for x in results.xs])
         ax.set_xlim(0, len(results.xs) - 1)
         labels = {"ylabel": "normalised return" * (ax is axes[0]), "xlabel": results.x_name.replace("-", " ")}
@@ -447,7 +454,7 @@ def plot_tv(results):
         ax.set_ylim(0, 1.05 * max((v for line in values.values() for v in line if v > 0), default=1))
         draw_lines(ax, results, shown)
         clean(ax, title)
-    caption(figure, f"Means over whole runs and environments, without intervals. {results.about()}")
+    caption(figure, f"Means over runs and environments, without intervals. {results.about()}")
     return figure
 
 

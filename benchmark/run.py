@@ -164,8 +164,8 @@ def measure(run, lag, steps):
     files = EventAccumulator(str(run), size_guidance={"scalars": 0})
     files.Reload()
     scalars = {tag: files.Scalars(tag) for tag in files.Tags()["scalars"]}
-    metrics = {tag: scalars[tag][lag:] for tag in scalars if tag.startswith(METRICS)}  # one per batch
-    means = {tag: np.mean([event.value for event in events]) for tag, events in metrics.items() if events}
+    metrics = {tag: scalars[tag][lag:] or scalars[tag] for tag in scalars if tag.startswith(METRICS)}  # one per batch
+    means = {tag: np.mean([event.value for event in events]) for tag, events in metrics.items()}
     shown = {"metrics": {tag: float(f"{mean:.5g}") for tag, mean in means.items()}}
     if "charts/accuracy" in scalars:
         return shown | {"accuracy": [(event.step, round(event.value, 4)) for event in scalars["charts/accuracy"]]}

@@ -102,8 +102,10 @@ def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
     calls = [flags for program, *flags in calls_of(study, monkeypatch) if program.endswith("plot.py")]
     assert calls
     for args in (tyro.cli(plot.Args, args=flags) for flags in calls):
-        out = args.out or args.results[0].with_suffix("")
-        assert plot.tables(plot.Results(args)) == out.with_name(f"{out.name}.md").read_text()
+        folder = args.results[0].parent / "old_base"  # until these studies are repeated
+        out = folder / (args.out or args.results[0].with_suffix("")).name
+        found = plot.Results(replace(args, results=tuple(folder / path.name for path in args.results)))
+        assert plot.tables(found) == out.with_name(f"{out.name}.md").read_text()
 
 
 @pytest.mark.parametrize("study", ["llm_lag", "llm_threshold", "llm_clipping"])
@@ -151,7 +153,9 @@ def test_a_language_model_is_trained_and_recorded_by_the_same_runner():
 
 @pytest.mark.parametrize("document", documents.DOCUMENTS, ids=lambda path: path.name)
 def test_the_tables_of_the_documents_are_those_of_the_results(document):
-    assert documents.updated(document.read_text()) == document.read_text()
+    text = document.read_text()
+    assert documents.updated(text) == text
+    assert len(documents.PLACE.findall(text)) == text.count("<!-- table") == text.count("<!-- end of table")
 
 
 @pytest.mark.slow
@@ -208,7 +212,7 @@ def test_methods_keep_their_own_flags_and_take_more():
         ("run.py", [*RUN[2:], "--methods", "VACO", "--lag-schedule", "async", "--lags", "4"], "use --lags 0"),
         ("plot.py", ["missing.jsonl"], "missing.jsonl: no such file"),
         ("plot.py", [str(REPOSITORY / "benchmark/results/llm_lag.jsonl")], "benchmark/plot_llm.py draws them"),
-        ("plot.py", [str(REPOSITORY / "benchmark/results/tensorboard.png")], "is no file of results"),
+        ("plot.py", [str(REPOSITORY / "benchmark/results/pong_1m.png")], "is no file of results"),
     ],
 )
 def test_wrong_options_of_a_program_are_one_line(program, flags, words):
@@ -406,11 +410,10 @@ TWO_LAGS = {
 
 def test_the_main_figure_and_the_tables_show_the_statistics_at_their_lags():
     results = results_of(TWO_LAGS)
-    methods, parts = plot.plot_main(results).axes
+    (methods,) = plot.plot_main(results).axes
     # VACO at lag 4: the middle of 0.6 0.6 0.6 0.9 0.9 0.9 0.9 50. Its mean is 7, its median 0.9
     iqm = {"VACO": [0.5, 0.825], "PPO-clip": [1.0, 0.2]}
     assert {line.get_label(): list(line.get_ydata().round(3)) for line in methods.lines} == iqm
-    assert [line.get_label() for line in parts.lines] == ["VACO"]
     for band, method in zip(methods.collections, iqm, strict=True):
         heights = band.get_paths()[0].vertices[:, 1]
         bounds = [bound for lag in (0, 4) for bound in results.iqm[method, lag][1:]]
@@ -491,6 +494,9 @@ def test_few_seeds_and_missing_cells_are_said():
     assert rows_of(tables, "IQM of normalised")["SPO"] == ["", "0.67 (1)"]
     assert rows_of(tables, "lag/tv_backward")["SPO"] == ["", "0.400"]
     assert "SPO" in drawn(plot.plot_tv(results).axes[0])
+    figure = plot.plot_main(results)
+    figure.draw_without_rendering()
+    assert {text.get_text() for text in figure.axes[0].texts} == {"VACO", "SPO"}
 
 
 def test_a_flag_of_the_methods_can_be_the_x_axis():
@@ -503,7 +509,7 @@ def test_a_flag_of_the_methods_can_be_the_x_axis():
     untrained = {("untrained", "A", 0): [0.0]}
     results = results_of(untrained | epochs, x="update-epochs")
     assert (results.methods, results.xs) == (["VACO", "PPO-clip"], [1, 4, 10, 20])
-    ax, _ = plot.plot_main(results).axes
+    (ax,) = plot.plot_main(results).axes
     lines = {line.get_label(): line.get_ydata() for line in ax.lines}
     np.testing.assert_allclose(lines["PPO-clip"], [0.025, 0.1, 0.25, 0.5])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "10", "20"]

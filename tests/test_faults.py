@@ -405,12 +405,14 @@ def test_results_that_are_not_finite_are_named_and_neither_published_nor_saved(n
 
 
 def test_the_flags_of_a_run_are_the_defaults_when_it_goes_on():
-    train(replace(SMALL, total_timesteps=500))
+    small = replace(SMALL, total_timesteps=500, num_envs=3)
+    train(small)
     (run,) = Path("runs").iterdir()
-    flags = ["--resume", f"{run}/", "--total-timesteps", "1e3"]
+    # 3 minibatches split the samples of that run, and not those of the default flags
+    flags = ["--resume", f"{run}/", "--total-timesteps", "1.0E+3", "--num-minibatches", "3"]
     program = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
     finished = subprocess.run(program, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     assert saved["global_step"] >= 1000
-    assert saved["args"] == vars(SMALL) | {"total_timesteps": 1000, "resume": f"{run}/"}
+    assert saved["args"] == vars(small) | {"total_timesteps": 1000, "num_minibatches": 3, "resume": f"{run}/"}
