@@ -149,6 +149,7 @@ class ContinuousEnvs:
             self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
             obs, _ = self.envs.reset()
         else:
+            gym.logger.colorize = lambda text, *_: text  # its warnings may go to a file
             envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
             envs._add_info = lambda infos, *_: infos  # nothing here needs them, and they may not fit together
             if not envs.single_observation_space.is_np_flattenable:

@@ -97,7 +97,7 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["mujoco_lag", "ablation", "mujoco_1m"])
+@pytest.mark.parametrize("study", ["mujoco_lag"])
 def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
     calls = [flags for program, *flags in calls_of(study, monkeypatch) if program.endswith("plot.py")]
     assert calls
