@@ -161,6 +161,7 @@ class ContinuousEnvs:
     """
 
     def __init__(self, env_id, num_envs, seed, gamma=1.0, **options):
+        gym.logger.colorize = lambda text, *_: text  # warnings may go to a file
         self.gamma = gamma
         self.valid = np.ones(num_envs, dtype=bool)
         self.discounted = np.zeros(num_envs)  # return of each episode so far: its deviation is the scale of rewards
@@ -169,7 +170,6 @@ class ContinuousEnvs:
             self.envs = envpool.make(env_id, "gymnasium", num_envs=num_envs, num_threads=1, seed=seed, **options)
             obs, _ = self.envs.reset()
         else:
-            gym.logger.colorize = lambda text, *_: text  # its warnings may go to a file
             envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
             envs._add_info = lambda infos, *_: infos  # nothing here needs them, and they may not fit together
             if not envs.single_observation_space.is_np_flattenable:

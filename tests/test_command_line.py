@@ -67,7 +67,7 @@ def test_without_docstrings_and_with_empty_variables_of_launchers_there_is_help(
         ("vaco_async_mujoco", ["--no-such-flag", "1"], "--help"),
         ("vaco_async_atari", ["--env-id", "Pang-v5"], "Pong-v5"),
         ("ppo_async_baseline", ["--env-id", "BreakoutNoFrameskip-v4"], "envpool has Breakout-v5"),
-        ("impala_baseline", ["--num-minibatches", "5"], "2048"),
+        ("impala_baseline", ["--num-minibatches", "5"], "16 sequences"),
     ],
 )
 def test_the_program_exits_with_2_and_leaves_nothing(script, flags, advice):
