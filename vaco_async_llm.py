@@ -32,7 +32,6 @@ import json
 import math
 import multiprocessing as mp
 import os
-import random
 import re
 import signal
 import sys
@@ -562,10 +561,7 @@ def generator(args, index, attempt, make_agent, make_problems, store, completion
 
 def generate_rollout(args, agent, problems, number, out):
     """Fill one slot, {name: tensor}: generate and score completions, as seed and the rollout's number say alone."""
-    seed = int(np.random.default_rng((args.seed, number, 1)).integers(2**32))
-    random.seed(seed)  # verifiers may draw from any of these
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(int(np.random.default_rng((args.seed, number, 1)).integers(2**63)))
     first = number * args.prompts_per_rollout
     entries = [problems.find(first + i, agent.fits) for i in range(args.prompts_per_rollout)]
     entries = [entry for entry in entries for _ in range(args.group_size)]
