@@ -285,29 +285,29 @@ def main(args):
     for command in [command for command in jobs if command in known]:
         append_record(args.out, known[command] | jobs.pop(command))
     failed, runner = {}, Runner()
-    progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
-    with ThreadPoolExecutor(args.workers) as pool:
+    pool = ThreadPoolExecutor(args.workers)
+    try:
+        progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
         futures = {pool.submit(runner.run, job): job for job in jobs.values()}
-        try:
-            for future in as_completed(futures):
-                job = futures[future]
-                try:
-                    record = job | future.result()
-                except Exception as error:  # one bad run must not end the study
-                    failed[shlex.join(job["command"])] = error
-                    name = f"{job['method']} {job['env_id']} lag {job['lag']} seed {job['seed']}.txt"
-                    log = Path(f"{args.out}.logs", re.sub(r"[^\w.-]+", "_", name))
-                    log.parent.mkdir(exist_ok=True)
-                    log.write_text(f"{shlex.join(job['command'])}\n{error}")
-                    reason, _, output = str(error).partition("\n")
-                    progress.write(f"FAILED: {shlex.join(job['command'])}\n{reason}, see {log}\n{output[-2000:]}")
-                else:
-                    append_record(args.out, record)
-                progress.update()
-        except KeyboardInterrupt:
-            runner.stop()
-            pool.shutdown(cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                record = job | future.result()
+            except Exception as error:  # one bad run must not end the study
+                failed[shlex.join(job["command"])] = error
+                name = f"{job['method']} {job['env_id']} lag {job['lag']} seed {job['seed']}.txt"
+                log = Path(f"{args.out}.logs", re.sub(r"[^\w.-]+", "_", name))
+                log.parent.mkdir(exist_ok=True)
+                log.write_text(f"{shlex.join(job['command'])}\n{error}")
+                reason, _, output = str(error).partition("\n")
+                progress.write(f"FAILED: {shlex.join(job['command'])}\n{reason}, see {log}\n{output[-2000:]}")
+            else:
+                append_record(args.out, record)
+            progress.update()
+    except KeyboardInterrupt:
+        runner.stop()
+        pool.shutdown(cancel_futures=True)
+        raise
     progress.close()
     if failed:
         names = "\n".join(f"  {command}" for command in failed)

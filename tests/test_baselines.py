@@ -371,7 +371,7 @@ def test_a_compiled_run_is_the_eager_one_up_to_rounding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["clip", "decoupled"])
 def test_ppo_learns_to_balance_the_pendulum(objective):
     args = ppo.Args(**SMALL | {"num_envs": 8, "num_steps": 128, "num_minibatches": 32, "update_epochs": 10})
     ppo.train(replace(args, total_timesteps=70_000, objective=objective, lag_schedule="fixed", lag=1))
