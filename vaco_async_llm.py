@@ -37,6 +37,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections import deque
 from dataclasses import dataclass
@@ -592,6 +593,15 @@ def ticket(args, rollout):
     return rollout, batch - int(draw), number
 
 
+def report(target, *arguments):
+    """Call target(*arguments) in an actor process; what it raises goes as text to the last argument, its connection."""
+    try:
+        target(*arguments)
+    except Exception:
+        arguments[-1].send(traceback.format_exc())
+        sys.exit(1)
+
+
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
@@ -632,8 +642,8 @@ class Actors:
     def launch(self, index):
         """Start an actor, with the tickets that its predecessor has not answered."""
         self.connections[index], theirs = self.context.Pipe()
-        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
-        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
+        arguments = (self.target, self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
+        process = self.context.Process(target=report, args=arguments, name=f"actor {index}", daemon=True)
         process.start()
         theirs.close()  # so that the pipe ends with the actor
         self.processes[index] = process
@@ -641,18 +651,20 @@ class Actors:
             for pending in self.pending[index]:
                 self.connections[index].send(pending)
 
-    def replace(self, index):
-        """Say how an actor has died and start its successor, or let the run end."""
+    def replace(self, index, error=""):
+        """Say how an actor has died, by which error (a traceback), and start its successor, or let the run end."""
         self.processes[index].join()
         code = self.processes[index].exitcode
         problem = f"actor {index} died with exit code {code}"
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
+        if error:
+            problem = f"actor {index}, which runs the environment, raised {error.splitlines()[-1]}"
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
-            self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+            self.stop_reasons.append(f"{error}{problem}; --max-actor-restarts allows no more restarts")
         elif self.restarts > 1 and not self.answered:
-            self.stop_reasons.append(f"{problem}; no actor has finished a rollout yet, so another would die, too")
+            self.stop_reasons.append(f"{error}{problem}; as no rollout has been finished, there is no other attempt")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -686,7 +698,9 @@ class Actors:
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    self.replace(index)
+                    message = ""
+                if isinstance(message, str):
+                    self.replace(index, error=message)
                 else:
                     self.pending[index].popleft()
                     self.finished[message[0]] = message

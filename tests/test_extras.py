@@ -277,6 +277,14 @@ def test_a_run_is_tracked_offline(tracked):
     tracked(b"lag/tv_total", the_run().name.encode())
 
 
+def test_a_name_that_the_tracking_service_refuses_is_its_own_reason(monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(Exception, match="128"):  # characters at most
+        train(Args(**SHORT, track=True, exp_name="x" * 120))
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "vaco_async_llm"])
 def test_what_few_use_is_imported_only_then(script):
     few = ["wandb", "imageio_ffmpeg", "datasets"]
