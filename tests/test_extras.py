@@ -280,8 +280,8 @@ def test_a_run_is_tracked_offline(tracked):
 def test_a_name_that_the_tracking_service_refuses_is_its_own_reason(monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with pytest.raises(Exception, match="128"):  # characters at most
-        train(Args(**SHORT, track=True, exp_name="x" * 120))
+    with pytest.raises(Exception, match="cannot contain"):
+        train(Args(**SHORT, track=True, exp_name="what#now"))
     assert not Path("runs").exists()
 
 
