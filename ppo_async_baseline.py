@@ -3,11 +3,11 @@
 # dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tyro==1.0.17",
 #                 "tensorboard==2.21.0"]
 # ///
-"""PPO-clip, PPO-KL, SPO and decoupled PPO under policy lag: baselines for VACO, in one file.
+"""PPO-clip and its relatives under policy lag: baselines for VACO, in one file.
 
 What differs from vaco_async_mujoco.py is the objective (`--objective`), and that Atari games are played too. Actors act
-with old versions of the policy (*policy lag*); advantages are GAE on the learner's critic, on data as old as it is.
-The picture at the top of vaco_async_mujoco.py shows how actors and learner work together here, too.
+with old versions of the policy (*policy lag*); advantages are GAE on the learner's critic, on data as old as it is, or
+V-trace's (`--align`). The picture at the top of vaco_async_mujoco.py shows how actors and learner work together.
 
     python ppo_async_baseline.py                                                # PPO-clip, HalfCheetah-v4
     python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8  # PPO-KL, lag
@@ -66,6 +66,7 @@ DEFAULTS = {  # flag: (continuous control, Atari)
     "learning_rate": (3e-4, 2.5e-4),
     "ent_coef": (0.0, 0.01),
     "clip_coef": (0.2, 0.1),
+    "tv_threshold": (0.2, 0.05),
 }
 
 
@@ -113,10 +114,13 @@ class Args:
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # the largest norm of a gradient
 
-    # clip: PPO's clipped surrogate; kl: a penalty b KL(beta, pi); spo: Simple Policy Optimization; decoupled: clipped
-    # from the learner's policy at the batch's arrival, importance-weighted from there to the policy that acted
-    objective: Literal["clip", "kl", "spo", "decoupled"] = "clip"
-    clip_coef: float | None = None  # clip, decoupled: how far the ratio may go from 1
+    align: bool = False  # if toggled, advantages are V-trace's, of the learner's policy, in place of GAE's (clip: APPO)
+    # clip: PPO's clipped surrogate; geppo: clipped around the learner's policy at the batch's arrival; decoupled: the
+    # same, importance-weighted from there to the policy that acted; kl: a penalty b KL(beta, pi); spo: Simple Policy
+    # Optimization; stop: no clipping, but the rest of a batch is skipped once a minibatch's TV is over its budget
+    objective: Literal["clip", "geppo", "decoupled", "kl", "spo", "stop"] = "clip"
+    clip_coef: float | None = None  # clip, geppo, decoupled: how far the ratio may go
+    tv_threshold: float | None = None  # stop: the budget on 1/2 mean |pi/beta - 1|, as VACO's
     target_kl: float | None = None  # any objective: no further pass once KL(beta, pi), backward lag and all, is over it
     kl_target: float = 0.03  # kl: what KL(beta, pi) per batch is steered to; a Gaussian TV of 0.1 is a KL of 0.032
     kl_coef: float = 1.0  # kl: the penalty's coefficient b at the start; it stays between 1e-4 and 1e4
@@ -378,24 +382,36 @@ class CnnAgent(nn.Module):
 
 
 @torch.no_grad()
-def gae(rewards, values, terminated, dones, gamma, lam):
-    """Critic targets and advantages: GAE(lambda), arXiv 1506.02438, on the learner's critic, whoever acted.
+def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, c_bar):
+    """Align: critic targets v_t, and advantages A_t of the learner's policy pi_T on data of the behaviour policy beta.
 
-        delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t,   A_t = delta_t + gamma lam (1 - done_t) A_{t+1}
+        delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t
+        acc_t   = min(rho_bar, rho_t) delta_t + gamma lam (1 - done_t) min(c_bar, rho_t) acc_{t+1},     acc_T = 0
+        v_t     = V_t + acc_t
+        A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
 
-    Takes rewards [T, N]; values [T + 1, N], with the bootstrap row; terminated (where bootstrapping stops) and dones
-    (where traces stop) [T, N] of 0 and 1. Returns targets A_t + V_t and A_t, [T, N]; in dummy rows they mean nothing.
+    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), there at every gradient step; VACO's (arXiv 2603.01365) once
+    per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
+    Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
+    with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
+    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
     """
+    rhos = log_ratios.exp()
+    discounts = gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    advantages = torch.zeros_like(values)  # [T + 1, N]
-    for t in reversed(range(len(rewards))):
-        advantages[t] = deltas[t] + gamma * lam * (1 - dones[t]) * advantages[t + 1]
-    return advantages[:-1] + values[:-1], advantages[:-1]
+    clipped_deltas = rhos.clamp(max=rho_bar) * deltas
+    decays = discounts * rhos.clamp(max=c_bar)
+    acc = [torch.zeros_like(values[-1])]  # of the last row first; a list: writing rows of a tensor takes twice the time
+    for clipped_delta, decay in zip(clipped_deltas.flip(0), decays.flip(0), strict=True):
+        acc.append(clipped_delta + decay * acc[-1])
+    acc = torch.stack(acc[::-1])  # [T + 1, N]
+    return values[:-1] + acc[:-1], deltas + discounts * acc[1:]
 
 
-def clip_loss(ratios, advantages, clip_coef):
-    """PPO-clip, arXiv 1707.06347, eq. 7: mean of max(-r A, -clip(r, 1 - eps, 1 + eps) A) over [M] samples."""
-    return torch.max(-ratios * advantages, -ratios.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+def clip_loss(ratios, advantages, clip_coef, center=1.0):
+    """PPO-clip, arXiv 1707.06347, eq. 7: max(-r A, -clip(r, 1 - eps, 1 + eps) A) of each sample [M]. GePPO, arXiv
+    2111.00072, has the old policy's ratio pi_T/beta [M] at the center of the interval, in place of 1."""
+    return torch.max(-ratios * advantages, -ratios.clamp(center - clip_coef, center + clip_coef) * advantages)
 
 
 def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logprobs, learner_log_ratios, targets):
@@ -406,18 +422,25 @@ def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logpr
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
-    clipped_ratios = ratios  # where clipping counts from
+    learner_ratios = learner_log_ratios.exp()  # [M], pi_T/beta
+    tv = average(0.5 * (ratios.detach() - 1).abs().mean())
+    deviations = ratios - 1  # what is clipped
     if args.objective == "clip":
-        policy_loss = clip_loss(ratios, advantages, args.clip_coef)
+        policy_loss = clip_loss(ratios, advantages, args.clip_coef).mean()
+    elif args.objective == "geppo":
+        policy_loss = clip_loss(ratios, advantages, args.clip_coef, center=learner_ratios).mean()
+        deviations = ratios - learner_ratios
+    elif args.objective == "decoupled":  # arXiv 2110.00641
+        proximal_ratios = (log_ratios - learner_log_ratios).exp()  # [M], pi/pi_T
+        importance = learner_ratios.clamp(max=args.max_importance)
+        policy_loss = (importance * clip_loss(proximal_ratios, advantages, args.clip_coef)).mean()
+        deviations = proximal_ratios - 1
     elif args.objective == "kl":  # PPO-KL, arXiv 1707.06347, eq. 8: the second part estimates KL(beta, pi)
         policy_loss = (-ratios * advantages + kl_coef * (ratios - 1 - log_ratios)).mean()
     elif args.objective == "spo":  # arXiv 2401.16025: at its best where r = 1 + sign(A) eps
         policy_loss = -(ratios * advantages - advantages.abs() * (ratios - 1).square() / (2 * args.spo_eps)).mean()
-    else:  # arXiv 2110.00641: clipped around the proximal policy pi_T, weighted by pi_T/beta
-        clipped_ratios = (log_ratios - learner_log_ratios).exp()  # [M], pi/pi_T
-        clamped = clipped_ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        surrogate = torch.max(-clipped_ratios * advantages, -clamped * advantages)
-        policy_loss = (learner_log_ratios.exp().clamp(max=args.max_importance) * surrogate).mean()
+    else:  # stop
+        policy_loss = -(ratios * advantages).mean()
     value_loss = 0.5 * (newvalues - targets).square().mean()
     entropy_loss = entropy.mean()
     loss = policy_loss - args.ent_coef * entropy_loss + args.vf_coef * value_loss
@@ -428,7 +451,8 @@ def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logpr
             "losses/entropy": entropy_loss.detach(),
             "losses/old_approx_kl": -log_ratios.mean(),
             "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
-            "losses/clipfrac": ((clipped_ratios - 1).abs() > args.clip_coef).float().mean(),
+            "losses/clipfrac": (deviations.abs() > args.clip_coef).float().mean(),
+            "losses/tv": tv,
         }
     return loss, logs
 
@@ -855,7 +879,10 @@ def train(args):
                 rewards = (rewards / scale).clamp(-10, 10)
             terminated = batch["terminated"].float()  # [T, N]
             dones = (batch["terminated"] | batch["truncated"]).float()  # [T, N]
-            targets, advantages = gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)  # [T, N]
+            # Without importance weights V-trace is GAE(lambda); else both their bounds are IMPALA's 1
+            log_rhos = learner_log_ratios if args.align else torch.zeros_like(learner_log_ratios)
+            bounds = (args.gamma, args.gae_lambda, 1.0, 1.0)
+            targets, advantages = vtrace(log_rhos, rewards, values, terminated, dones, *bounds)  # [T, N]
             # Dummy steps end here: the valid rows go on, [B, ...]
             b_obs = obs[:-1][valid]
             b_actions = batch["actions"][valid]
@@ -875,12 +902,16 @@ def train(args):
                 for mb in rows.tensor_split(args.num_minibatches):
                     mb_fields = [field.index_select(0, mb) for field in b_fields]
                     weights.grad, logs = compute_gradient(ppo_minibatch, agent, args, kl_coef, *mb_fields)
-                    optimizer.step()
                     minibatch_logs.append(logs)
+                    stopped = args.objective == "stop" and logs["losses/tv"] > args.tv_threshold
+                    if stopped:
+                        break
+                    optimizer.step()
                 if args.target_kl is not None:
                     kls = [logs["losses/approx_kl"] for logs in minibatch_logs[-args.num_minibatches :]]
-                    if average(torch.stack(kls).mean()) > args.target_kl:
-                        break
+                    stopped = stopped or average(torch.stack(kls).mean()) > args.target_kl
+                if stopped:
+                    break
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             with torch.no_grad():
@@ -925,6 +956,7 @@ def train(args):
                 "stats/rollout_time": np.mean(act_times),
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
+                "stats/minibatches": len(minibatch_logs),
             }
             if not atari:
                 means["lag/tv_statistics"] = 0.5 * (published_ratios - final_ratios).abs().mean()

@@ -51,6 +51,9 @@ METHODS = {
     "PPO-KL": "ppo_async_baseline.py --objective kl",
     "SPO": "ppo_async_baseline.py --objective spo",
     "decoupled PPO": "ppo_async_baseline.py --objective decoupled",
+    "APPO": "ppo_async_baseline.py --objective clip --align",
+    "GePPO": "ppo_async_baseline.py --objective geppo --align",
+    "stop by TV": "ppo_async_baseline.py --objective stop --align",
     "IMPALA": "impala_baseline.py --update-epochs {epochs} --learning-rate {rate}",
     "IMPALA, 1 epoch": "impala_baseline.py --update-epochs 1",
     # Language models; their environments are tasks, and their steps are batches

@@ -18,6 +18,7 @@ from test_algorithm import gae_by_episode, make_columns, vtrace_by_definition
 
 import impala_baseline
 import ppo_async_baseline as ppo
+import vaco_async_mujoco
 
 SMALL = {
     "env_id": "InvertedPendulum-v4",
@@ -42,7 +43,7 @@ SMALL_ATARI = {
 RATIOS = [0.5, 0.85, 1.0, 1.15, 1.5, 0.5, 0.85, 1.0, 1.15, 1.5]
 LEARNER_RATIOS = [0.5, 1.0, 1.0, 1.0, 1.0, 2.0, 20.0, 0.5, 1.0, 1.0]
 ADVANTAGES = [2.0, 1.0, 1.0, 1.0, 3.0, -2.0, -1.0, -1.0, -1.0, -3.0]
-OBJECTIVES = ["clip", "kl", "spo", "decoupled"]
+OBJECTIVES = ["clip", "geppo", "decoupled", "kl", "spo", "stop"]
 both_scripts = pytest.mark.parametrize("script", [ppo, impala_baseline], ids=lambda script: script.__name__)
 
 
@@ -59,16 +60,20 @@ def ppo_loss(objective, log_ratios, learner_log_ratios, advantages):
     return loss, logs
 
 
-def clipped(r, a):
+def clipped(r, a, center=1.0):
     """PPO's surrogate at a clip range of 0.2, and its derivative by the ratio."""
-    binds = (a > 0 and r > 1.2) or (a < 0 and r < 0.8)
-    return min(r * a, float(np.clip(r, 0.8, 1.2)) * a), 0.0 if binds else a
+    binds = (a > 0 and r > center + 0.2) or (a < 0 and r < center - 0.2)
+    return min(r * a, float(np.clip(r, center - 0.2, center + 0.2)) * a), 0.0 if binds else a
 
 
 def objective_by_hand(objective, r, rho, a):
     """What a sample (r = pi/beta, rho = pi_T/beta, a its advantage) adds to the objective; its derivative by r."""
     if objective == "clip":
         return clipped(r, a)
+    if objective == "geppo":
+        return clipped(r, a, center=rho)
+    if objective == "stop":
+        return r * a, a
     if objective == "kl":
         return r * a - 0.7 * (r - 1 - np.log(r)), a - 0.7 * (1 - 1 / r)
     if objective == "spo":
@@ -90,20 +95,10 @@ def test_objectives_by_hand_with_their_gradients(objective):
     np.testing.assert_allclose(ratios.grad.numpy(), -derivatives / len(RATIOS), atol=1e-12)
 
 
-@pytest.mark.parametrize(("objective", "share"), [("clip", 0.4), ("decoupled", 0.5)])
+@pytest.mark.parametrize(("objective", "share"), [("clip", 0.4), ("geppo", 0.5), ("decoupled", 0.5)])
 def test_clipfrac_counts_from_where_the_objective_clips(objective, share):
     logs = [torch.tensor(ratios, dtype=torch.float64).log() for ratios in (RATIOS, LEARNER_RATIOS)]
     assert ppo_loss(objective, *logs, torch.ones(10))[1]["losses/clipfrac"].item() == pytest.approx(share)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_gae_is_vtrace_by_definition_on_policy(seed):
-    columns = make_columns(seed)
-    columns["log_ratios"][:] = 0
-    expected = vtrace_by_definition(columns, 0.97, 0.9, 1.0, 1.0)
-    inputs = [torch.tensor(columns[name]).double() for name in ("rewards", "values", "terminated", "dones")]
-    for result, reference in zip(ppo.gae(*inputs, 0.97, 0.9), expected, strict=True):
-        np.testing.assert_allclose(result[columns["valid"]], reference[columns["valid"]], atol=1e-10)
 
 
 def test_impalas_gradient_is_that_of_a_brute_force_vtrace():
@@ -145,23 +140,23 @@ def test_impalas_gradient_is_that_of_a_brute_force_vtrace():
 def test_a_run_of_one_update_at_zero_lag_is_advantage_actor_critic(objective, monkeypatch):
     """The weights after one gradient step on one batch are A2C's, written here by hand with Adam's first step: at a
     ratio of 1 nothing clips or penalises."""
-    script, estimator, first = (impala_baseline, "vtrace", 1) if objective == "impala" else (ppo, "gae", 0)
+    script = impala_baseline if objective == "impala" else ppo
     flags = {"gae_lambda": 0.95, "learning_rate": 3e-4}
     if script is ppo:
         flags |= {"objective": objective, "norm_adv": False}
-    evaluate, estimate = script.MlpAgent.evaluate, getattr(script, estimator)
+    evaluate, estimate = script.MlpAgent.evaluate, script.vtrace
     evaluated, estimated = [], []
 
     def recorded_evaluate(agent, obs, actions):
         evaluated.append((obs, actions))
         return evaluate(agent, obs, actions)
 
-    def recorded_estimate(*inputs):
-        estimated.append((*evaluated[-1], *inputs[first : first + 4]))
-        return estimate(*inputs)
+    def recorded_estimate(log_rhos, *inputs):
+        estimated.append((*evaluated[-1], *inputs[:4]))
+        return estimate(log_rhos, *inputs)
 
     monkeypatch.setattr(script.MlpAgent, "evaluate", recorded_evaluate)
-    monkeypatch.setattr(script, estimator, recorded_estimate)
+    monkeypatch.setattr(script, "vtrace", recorded_estimate)
     one = SMALL | {"total_timesteps": 1, "update_epochs": 1, "num_minibatches": 1}
     trained = script.train(script.Args(**one, lag_schedule="fixed", anneal_lr=False, **flags))
 
@@ -188,11 +183,14 @@ def test_a_run_of_one_update_at_zero_lag_is_advantage_actor_critic(objective, mo
 
 
 SCHEDULES = [("async", 0), ("fixed", 0), ("mixture", 2)]
-PROGRAMS = [*((ppo, {"objective": objective}) for objective in OBJECTIVES), (impala_baseline, {})]
+PROGRAMS = [
+    *((ppo, {"objective": "clip"}, *schedule) for schedule in SCHEDULES),
+    *((ppo, {"objective": objective, "align": True}, "mixture", 2) for objective in OBJECTIVES[1:]),
+    *((impala_baseline, {}, *schedule) for schedule in SCHEDULES),
+]
 
 
-@pytest.mark.parametrize(("schedule", "lag"), SCHEDULES)
-@pytest.mark.parametrize(("script", "flags"), PROGRAMS, ids=[*OBJECTIVES, "impala"])
+@pytest.mark.parametrize(("script", "flags", "schedule", "lag"), PROGRAMS, ids=str)
 def test_runs_on_continuous_control(script, flags, schedule, lag, capsys):
     agent = script.train(script.Args(**SMALL, **flags, lag_schedule=schedule, lag=lag))
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values())
@@ -244,6 +242,53 @@ def test_dummy_steps_reach_nothing(script, monkeypatch):
     assert sum(poisoned) > 20
 
 
+@pytest.mark.parametrize("align", [True, False])
+def test_align_takes_the_advantages_of_the_learners_policy(align, monkeypatch):
+    log_rhos = []
+    vtrace = ppo.vtrace
+    monkeypatch.setattr(ppo, "vtrace", lambda first, *inputs: log_rhos.append(first) or vtrace(first, *inputs))
+    ppo.train(ppo.Args(**SMALL, align=align, lag_schedule="fixed", lag=1))
+    moved = [float(part.abs().max()) for part in log_rhos]
+    assert moved[0] < 1e-4 and (moved[-1] > 1e-3) == align  # on policy at first, then a version behind
+
+
+def test_stop_skips_the_rest_of_a_batch_once_total_variation_is_over_budget(monkeypatch):
+    """Every step but a batch's last one was taken within the budget, and what is over it was not taken."""
+    batches = []
+    publish = ppo.PolicyStore.publish
+    minibatch = ppo.ppo_minibatch
+
+    def recorded_minibatch(agent, *inputs):
+        loss, logs = minibatch(agent, *inputs)
+        batches[-1].append((float(logs["losses/tv"]), state_of(agent)["critic.0.weight"]))
+        return loss, logs
+
+    def recorded_publish(self, agent, version):
+        if batches:
+            _, last_seen = batches[-1][-1]
+            over = batches[-1][-1][0] > 0.01
+            assert torch.equal(last_seen, agent.critic[0].weight) == over
+        batches.append([])
+        publish(self, agent, version)
+
+    monkeypatch.setattr(ppo, "ppo_minibatch", recorded_minibatch)
+    monkeypatch.setattr(ppo.PolicyStore, "publish", recorded_publish)
+    flags = {"objective": "stop", "tv_threshold": 0.01, "update_epochs": 8, "learning_rate": 1e-3}
+    ppo.train(ppo.Args(**SMALL | flags, lag_schedule="fixed"))
+    steps = [len(batch) for batch in batches[:-1]]
+    assert read_curves(".")["stats/minibatches"] == steps and 1 < min(steps) < 32
+    for batch in batches[:-1]:
+        assert all(tv <= 0.01 for tv, _ in batch[:-1])
+
+
+def test_without_filter_vaco_is_stop_that_never_stops():
+    """So what differs between a baseline and VACO is the objective alone."""
+    flags = SMALL | {"lag_schedule": "mixture", "lag": 2}
+    one = state_of(vaco_async_mujoco.train(vaco_async_mujoco.Args(**flags, filter=False)))
+    other = state_of(ppo.train(ppo.Args(**flags, objective="stop", align=True, tv_threshold=1e9)))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_target_kl_leaves_out_passes():
     args = ppo.Args(**SMALL, lag_schedule="fixed")
     full, once = (state_of(ppo.train(replace(args, update_epochs=epochs))) for epochs in (2, 1))
@@ -258,6 +303,8 @@ def test_target_kl_leaves_out_passes():
     ("objective", "own"),
     [
         ("clip", {"clip_coef": 0.02}),
+        ("geppo", {"clip_coef": 0.02}),
+        ("stop", {"tv_threshold": 0.02}),
         ("kl", {"kl_coef": 3.0, "kl_target": 1.0, "adapt_kl": False}),
         ("spo", {"spo_eps": 0.02}),
         ("decoupled", {"clip_coef": 0.02, "max_importance": 0.5}),
@@ -265,14 +312,20 @@ def test_target_kl_leaves_out_passes():
 )
 def test_every_flag_of_an_objective_changes_its_result_and_no_other(objective, own):
     """Under lag, so that pi_T/beta is not 1; clip_coef and the like small enough to bind."""
-    small = SMALL | {"total_timesteps": 400, "learning_rate": 3e-3, "clip_coef": 0.01, "spo_eps": 0.01}
+    small = SMALL | {
+        "total_timesteps": 400,
+        "learning_rate": 3e-3,
+        "clip_coef": 0.01,
+        "spo_eps": 0.01,
+        "tv_threshold": 0.01,
+    }
     args = ppo.Args(**small, objective=objective, lag_schedule="fixed", lag=2)
     reference = state_of(ppo.train(args))["actor_mean.0.weight"]
     for name, value in own.items():
         changed = state_of(ppo.train(replace(args, **{name: value})))["actor_mean.0.weight"]
         assert not torch.equal(reference, changed), name
     every = {"clip_coef": 0.02, "kl_coef": 3.0, "kl_target": 1.0, "adapt_kl": False}
-    every |= {"spo_eps": 0.02, "max_importance": 0.5}
+    every |= {"spo_eps": 0.02, "max_importance": 0.5, "tv_threshold": 0.02}
     others = {name: value for name, value in every.items() if name not in own}
     assert torch.equal(reference, state_of(ppo.train(replace(args, **others)))["actor_mean.0.weight"])
 
