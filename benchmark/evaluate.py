@@ -7,10 +7,12 @@ Everything comes from the run's checkpoint.pt: its flags, the weights, and the s
 frozen. The policy takes the most likely actions first, then sampled ones, in the same episodes: number i has the seed
 `--seed` + i. Returns are not scaled. In Atari games they are the scores of whole games. A language model answers once
 with the most likely tokens, once with sampled ones. An environment of your own is imported from the current folder.
+Results are printed, and all of them are written to RUN/evaluation.json.
 """
 
 import ctypes
 import importlib
+import json
 import math
 import sys
 from ctypes.util import find_library
@@ -140,7 +142,9 @@ def evaluate(args):
     script, flags = script_of(args, saved["args"]), SimpleNamespace(**saved["args"])
     print(f"{args.run}, {script.__name__}, after {saved['global_step']} steps", flush=True)
     how = evaluate_language_model if hasattr(script, "load_language_model") else evaluate_episodes
-    return how(args, script, flags, saved["agent"])
+    results = how(args, script, flags, saved["agent"])
+    Path(args.run, "evaluation.json").write_text(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":

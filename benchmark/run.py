@@ -6,8 +6,9 @@
 A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was; one that is in a
 file of `--reuse`, under whatever name, is copied from there. Seeds are the outermost loop: the table of results is
 complete, with few seeds, long before the study is. One line of JSON per run has the command, the versions of what it
-ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of steps (language models: the held-out
-accuracy), and the means of lag and filter metrics, from the first batch that can have the whole lag on. A run whose
+ran on, the return of the last 100 episodes, returns on a grid of 20 stretches of steps, the mean return of 10 episodes
+that the last policy plays (evaluate.py; language models have the held-out accuracy instead), and the means of lag and
+filter metrics, from the first batch that can have the whole lag on. A run whose
 numbers were no longer finite is a result, too: it is recorded as diverged, without a return. A run that fails otherwise
 is shown with the end of its output, which is kept in the folder `<out>.logs`, and the exit code is 1 when all others
 are done. After Ctrl-C it is 130, and 2 if options cannot work. A change of a script repeats no run: recorded runs of
@@ -64,7 +65,8 @@ METHODS = {
 }
 KNOWN = ", ".join(f'"{name}"' for name in METHODS)
 STRETCHES = 20  # of equal length, per learning curve
-METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl", "charts/reward", "charts/completion_length")
+METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl", "stats/minibatches")  # what their names begin with
+METRICS += ("charts/reward", "charts/completion_length")
 WARM_STARTS = REPOSITORY / "runs" / "warm_starts"  # of language models: made once per seed, then shared by all runs
 
 
@@ -197,6 +199,8 @@ def outcome(returncode, output, folder, lag, steps):
         returns = checkpoint["last_returns"]
         shown["return"] = float(np.mean(returns)) if returns else None
         shown["episodes"] = len(returns)
+        evaluation = json.loads(Path(run, "evaluation.json").read_text())
+        shown["evaluation"] = {how: float(np.mean(returns)) for how, returns in evaluation.items()}
     return shown
 
 
@@ -206,32 +210,41 @@ class Runner:
     def __init__(self):
         self.processes, self.lock, self.stopped = set(), threading.Lock(), False
 
-    def run(self, job):
-        """Run the command of a job; returns versions and what `outcome` does. Raises RuntimeError with its output."""
-        script, *flags = job["command"]
+    def call(self, command, folder, output):
+        """Run a Python program in a folder, its output into a file; returns the exit code."""
         paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        with self.lock:
+            if self.stopped:
+                raise RuntimeError("not started")
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},  # relative ones are not of `folder`
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self.processes.add(process)
+        process.wait()
+        self.processes.discard(process)
+        return process.returncode
+
+    def run(self, job):
+        """Run the command of a job, and evaluate its last policy; returns versions and what `outcome` does. Raises
+        RuntimeError with its output."""
+        script, *flags = job["command"]
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "w+") as output:
-            with self.lock:
-                if self.stopped:
-                    raise RuntimeError("not started")
-                known = versions(script)
-                WARM_STARTS.mkdir(parents=True, exist_ok=True)
-                Path(folder, "runs").mkdir()
-                Path(folder, "runs", "warm_starts").symlink_to(WARM_STARTS)
-                process = subprocess.Popen(
-                    [sys.executable, str(REPOSITORY / script), *flags],
-                    cwd=folder,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},  # relative ones are not of `folder`
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                self.processes.add(process)
-            process.wait()
-            self.processes.discard(process)
+            known = versions(script)
+            WARM_STARTS.mkdir(parents=True, exist_ok=True)
+            Path(folder, "runs").mkdir()
+            Path(folder, "runs", "warm_starts").symlink_to(WARM_STARTS)
+            code = self.call([str(REPOSITORY / script), *flags], folder, output)
+            if code == 0 and "llm" not in script:
+                (run,) = Path(folder, "runs").glob("*__*")
+                code = self.call([str(REPOSITORY / "benchmark" / "evaluate.py"), str(run)], folder, output)
             output.seek(0)
-            return known | outcome(process.returncode, output.read(), folder, job["lag"], job["steps"])
+            return known | outcome(code, output.read(), folder, job["lag"], job["steps"])
 
     def stop(self):
         """End all runs at once, with their actors."""

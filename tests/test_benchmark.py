@@ -169,6 +169,7 @@ def test_a_study_goes_on_where_it_was_and_names_what_failed():
     assert "must split 128 samples" in log.read_text() and str(log) in first.stderr + first.stdout
     lines = Path("results.jsonl").read_text()
     assert len(lines.splitlines()) == 1 and json.loads(lines)["method"] == "VACO"
+    assert json.loads(lines)["evaluation"].keys() == {"deterministic", "sampled"}
     assert bash(*study, "--dry-run").stdout.splitlines() == [
         "vaco_async_mujoco.py --env-id Hopper-v4 --seed 1 --total-timesteps 256 --lag-schedule mixture --lag 0 "
         "--num-actors 1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --num-minibatches 3"
