@@ -3,13 +3,14 @@
     python benchmark/plot.py benchmark/results/mujoco_lag.jsonl
 
 writes beside the results, with their name: .md with all tables, and figures: _main (return of all environments against
-lag), _return (each environment by itself), _curves (learning curves), _tv (total variation and dropped share).
+lag), _return (each environment by itself), _curves (learning curves), _tv (total variation and dropped share). With
+`--figures width`: _width (return against total variation, a line for each kind of trust region, over its widths).
 
-Scores are normalised per environment. 0 is the policy before training (the method "untrained"). 1 is the best mean at
-the smallest lag, among those methods in the files (without more flags, if there are any without) that have as many
-seeds there as any; the tables name them. A run without a return, because it diverged or no episode ended, counts as 0.
-IQM is the interquartile mean over all runs of all environments, from the seeds that a method has on all of them.
-Intervals are 95 % stratified bootstrap intervals of rliable (arXiv 2108.13264), from three seeds on.
+Scores are normalised per environment. 0 is the policy before training (the method "untrained"). 1 is the mean of
+PPO-clip at the smallest lag; where that is missing, of the first method that is there on all environments. A run
+without a return, because it diverged or no episode ended, counts as 0. IQM is the interquartile mean over all runs of
+all environments, from the seeds that a method has on all of them. Intervals are 95 % stratified bootstrap intervals of
+rliable (arXiv 2108.13264), from three seeds on.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import matplotlib
 
@@ -46,17 +47,21 @@ LOOKS = {
     "PPO-KL": ("#CC79A7", "D", "-"),
     "SPO": ("#009E73", "P", "-"),
     "decoupled PPO": ("#00508F", "X", "-"),
+    "APPO": ("#D55E00", "d", "--"),
+    "GePPO": ("#56B4E9", ">", "-"),
+    "stop by TV": ("#7F7F7F", "8", "-"),
     "IMPALA": ("#E69F00", "h", "-"),
     "IMPALA, 1 epoch": ("#E69F00", "<", "--"),
     "VACO, no filter": ("#000000", "^", "--"),
     "VACO, no alignment": ("#000000", "v", ":"),
 }
 COLORS = list(dict.fromkeys(color for color, *_ in LOOKS.values()))
-OTHERS = [("#56B4E9", ">", "-"), ("#8C6D31", "p", "-"), ("#7F7F7F", "8", "-")]  # for methods that are added
+OTHERS = [("#8C6D31", "p", "-"), ("#B8860B", "H", "-"), ("#556B2F", "*", "-")]  # for methods that are added
 HEADLINE = ("VACO", "PPO-clip", "PPO-KL", "decoupled PPO")
 PARTS = ("VACO", "VACO, no filter", "VACO, no alignment")
 INK, SIZE = "#222222", 8  # of text
 FEWEST = 3  # seeds for an interval: two that happen to be alike give one of no width
+WIDTH = re.compile(r" --(tv-threshold|clip-coef|kl-target|spo-eps) \S+")  # of a trust region
 SCHEDULES = {
     "mixture": "mixture of lag k: each rollout by one of the last k + 1 versions, k / 2 old on average",
     "fixed": "fixed lag k: every batch by the version of k batches ago",
@@ -71,7 +76,7 @@ PUBLISHED = {
 }
 
 
-Figure = Literal["main", "return", "curves", "tv"]
+Figure = Literal["main", "return", "curves", "tv", "width"]
 
 
 @dataclass
@@ -84,7 +89,7 @@ class Args:
     # out, unless its default is given: "tv-threshold=0.2"
     x: str | None = None
     reps: int = 2000  # bootstrap samples
-    figures: tuple[Figure, ...] = get_args(Figure)  # figures to draw
+    figures: tuple[Figure, ...] = ("main", "return", "curves", "tv")  # figures to draw
 
 
 class Results:
@@ -144,22 +149,20 @@ class Results:
         self.xs = sorted({x for *_, x in self.cells})
 
     def set_scale(self, runs, known, first):
-        """What the scores 0 and 1 are, and whose mean is 1; `first`: the smallest lag."""
-        self.first, self.zero, self.one, self.best, self.raw = first, {}, {}, {}, []  # raw: what cannot be normalised
-        known = [method for method in known if method in LOOKS] or known
+        """What the scores 0 and 1 are; `first`: the smallest lag."""
+        self.first, self.zero, self.one, self.raw = first, {}, {}, []  # raw: what cannot be normalised
         groups = defaultdict(list)
         for (method, env_id, lag, _), run in runs.items():
             if lag == first or method == "untrained":
                 groups[method, env_id].append(run["return"])
-        most = max((min(len(groups[method, env_id]) for env_id in self.env_ids) for method in known), default=0)
+        everywhere = [method for method in known if all(groups[method, env_id] for env_id in self.env_ids)]
+        self.unit = "PPO-clip" if "PPO-clip" in everywhere else next(iter(everywhere), None)
         for env_id in self.env_ids:
             if not any(value is not None for value in groups["untrained", env_id]):
                 raise SystemExit(f'error: no run of the method "untrained" on {env_id}: scores cannot be normalised')
             zero = self.zero[env_id] = float(np.mean([v for v in groups["untrained", env_id] if v is not None]))
-            full = [method for method in known if len(groups[method, env_id]) >= max(most, 1)]
-            means = {m: float(np.mean([zero if v is None else v for v in groups[m, env_id]])) for m in full}
-            self.best[env_id] = max(means, key=means.get, default=None)
-            self.one[env_id] = means.get(self.best[env_id], zero)
+            returns = [zero if value is None else value for value in groups[self.unit, env_id]]
+            self.one[env_id] = float(np.mean(returns or [zero]))
             if self.one[env_id] <= zero:  # very short runs
                 self.one[env_id] = zero + 1
                 self.raw.append(env_id)
@@ -172,6 +175,11 @@ class Results:
         """The returns of the last 100 episodes, {seed: return}; of the untrained policy where a run has none."""
         cell = self.cells.get((method, env_id, x), {})
         return {s: self.zero[env_id] if cell[s]["return"] is None else cell[s]["return"] for s in sorted(cell)}
+
+    def evaluations(self, method, env_id, x):
+        """The mean returns of episodes that the last policy of a run plays, with sampled actions, {seed: return}."""
+        cell = self.cells.get((method, env_id, x), {})
+        return {s: cell[s].get("evaluation", {}).get("sampled", self.zero[env_id]) for s in sorted(cell)}
 
     def ends(self, method, env_id, x):
         """The returns of the last tenth of the steps, {seed: return}; equally long for those that fall early."""
@@ -222,6 +230,13 @@ class Results:
         pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
         return {place: interval(pair, probability_of_improvement, self.reps) for place, pair in pairs.items()}
 
+    @cached_property
+    def difference(self):
+        """{(method, x): (IQM of VACO's scores less that of the method's, low, high)}."""
+        others = [method for method in self.methods if method != "VACO"] if "VACO" in self.methods else []
+        pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
+        return {place: interval(pair, difference_of_iqm, self.reps) for place, pair in pairs.items()}
+
     def at(self, x):
         return f"{self.x_name.replace('-', ' ')} {x:g}"
 
@@ -243,6 +258,10 @@ def probability_of_improvement(ours, theirs):
     rliable's metric of this name, without its test of significance, which takes minutes to bootstrap.
     """
     return np.mean((ours[:, None] > theirs) + 0.5 * (ours[:, None] == theirs))
+
+
+def difference_of_iqm(ours, theirs):
+    return metrics.aggregate_iqm(ours) - metrics.aggregate_iqm(theirs)
 
 
 def interval(scores, statistic, reps):
@@ -458,6 +477,30 @@ def plot_tv(results):
     return figure
 
 
+def plot_width(results):
+    """Return against how far a batch moves the policy: a line joins methods that differ in width only."""
+    figure, axes = plt.subplots(1, len(results.xs), figsize=(9, 4.2), sharey=True, squeeze=False, layout="constrained")
+    families = defaultdict(list)
+    for method in results.methods:
+        families[WIDTH.sub("", method)].append(method)
+    styles = style(list(families))
+    for ax, x in zip(axes[0], results.xs, strict=True):
+        ends = {}
+        for family, methods in families.items():
+            points = [(results.metric(method, x, "lag/tv_total"), *results.iqm[method, x]) for method in methods]
+            points = np.array(sorted(point for point in points if np.isfinite(point[:2]).all()))
+            if len(points):
+                tv, value, low, high = points.T
+                ax.plot(tv, value, label=family, **styles[family])
+                ax.vlines(tv, low, high, color=styles[family]["color"], linewidth=1)
+                ends[family] = tv[-1], value[-1]
+        ax.set_xlim(left=0)
+        clean(ax, results.at(x), size=9, ylabel="normalised return" * (ax is axes[0, 0]))
+        ax.set_xlabel("total variation after the updates", fontsize=9)
+        label_ends(ax, ends, styles)
+    return figure
+
+
 def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
@@ -520,11 +563,14 @@ def tables(results):
     tail = {place: interval(scores, metrics.aggregate_iqm, results.reps) for place, scores in places.items()}
     text = "The same, of the episodes in the last tenth of the steps**: as many steps of those that fall early"
     add(text, lambda m, x: cell(*tail[m, x], len(results.seeds(m, x))))
+    if any("evaluation" in run for part in results.cells.values() for run in part.values()):
+        places = {place: results.scores(*place, results.evaluations) for place in results.iqm}
+        last = {place: interval(scores, metrics.aggregate_iqm, results.reps) for place, scores in places.items()}
+        text = "The same, of 10 episodes that the last policy of each run plays** with sampled actions"
+        add(text, lambda m, x: cell(*last[m, x], len(results.seeds(m, x))))
     for env_id in results.env_ids:
         text = f"{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score 0 is"
-        text += (
-            f" {digits(results.zero[env_id])} (untrained), 1 is {digits(results.one[env_id])} ({results.best[env_id]})"
-        )
+        text += f" {digits(results.zero[env_id])} (untrained), 1 is {digits(results.one[env_id])} ({results.unit})"
         add(text, lambda m, x, env_id=env_id: spread(list(results.returns(m, env_id, x).values())))
     parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")
     flags = {m: " ".join(map(str, r["command"])) for (m, *_), part in results.cells.items() for r in part.values()}
@@ -540,6 +586,8 @@ def tables(results):
         text = "Probability that a run of VACO is better than one of** (seeds of VACO, of the other)"
         others = [method for method in methods if method != "VACO"]
         add(text, lambda m, x: cell(*results.improvement[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
+        text = "IQM of VACO's normalised scores less that of** (seeds of VACO, of the other)"
+        add(text, lambda m, x: cell(*results.difference[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
     for name in ("lag/tv_backward", "lag/tv_forward", "lag/tv_total", "lag/ess", "filter/dropped", "filter/gate_open"):
         row = {(m, x): results.metric(m, x, name) for m in methods for x in xs}
         text = f"{name}**, mean over the runs of all environments"
@@ -552,7 +600,7 @@ def main(args):
     out = args.out or args.results[0].with_suffix("")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(f"{out.name}.md").write_text(tables(results))
-    plots = {"main": plot_main, "return": plot_return, "curves": plot_curves, "tv": plot_tv}
+    plots = {"main": plot_main, "return": plot_return, "curves": plot_curves, "tv": plot_tv, "width": plot_width}
     for name in args.figures:
         figure = plots[name](results)
         figure.savefig(out.with_name(f"{out.name}_{name}.png"), dpi=150)

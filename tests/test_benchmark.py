@@ -69,7 +69,7 @@ def calls_of(study, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["base", "mujoco_lag", "ablation", "mujoco_1m", "atari_lag"])
+@pytest.mark.parametrize("study", ["base", "width", "mujoco_lag", "ablation", "mujoco_1m", "atari_lag"])
 def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
     """All commands of the study's script, with results made up instead of runs."""
     random = np.random.default_rng(0)
@@ -97,15 +97,13 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["mujoco_lag"])
+@pytest.mark.parametrize("study", ["base"])
 def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
     calls = [flags for program, *flags in calls_of(study, monkeypatch) if program.endswith("plot.py")]
     assert calls
     for args in (tyro.cli(plot.Args, args=flags) for flags in calls):
-        folder = args.results[0].parent / "old_base"  # until these studies are repeated
-        out = folder / (args.out or args.results[0].with_suffix("")).name
-        found = plot.Results(replace(args, results=tuple(folder / path.name for path in args.results)))
-        assert plot.tables(found) == out.with_name(f"{out.name}.md").read_text()
+        out = args.out or args.results[0].with_suffix("")
+        assert plot.tables(plot.Results(args)) == out.with_name(f"{out.name}.md").read_text()
 
 
 @pytest.mark.parametrize("study", ["llm_lag", "llm_threshold", "llm_clipping"])
@@ -320,32 +318,38 @@ def caption_of(figure):
     return figure.get_supxlabel().replace("\n", " ")
 
 
-def test_scores_are_normalised_by_untrained_and_the_best_mean_without_lag():
-    results = results_of(
-        {
-            ("untrained", "A", 0): [10.0, 30.0],
-            ("VACO", "A", 0): [100.0, 140.0],
-            ("SPO", "A", 0): [200.0, 240.0],  # the best: mean 220
-            ("VACO", "A", 4): [1000.0, 20.0, 70.0],
-        }
-    )
-    assert (results.zero, results.one, results.best) == ({"A": 20.0}, {"A": 220.0}, {"A": "SPO"})
-    np.testing.assert_allclose(results.scores("VACO", 4)[:, 0], [4.9, 0.0, 0.25])
-    assert results.methods == ["VACO", "SPO"]
-    assert "0 is 20 (untrained), 1 is 220 (SPO)" in plot.tables(results)
-
-
-def test_the_one_of_scores_is_of_a_method_with_as_many_seeds_as_any():
-    """The mean of few seeds is the best of all too easily."""
-    returns = {("untrained", "A", 0): [0.0], ("VACO", "A", 0): [1.0] * 5, ("SPO", "A", 0): [9.0] * 3}
+def test_scores_are_normalised_by_untrained_and_ppo_without_lag():
+    returns = {
+        ("untrained", "A", 0): [10.0, 30.0],
+        ("VACO", "A", 0): [300.0, 340.0],
+        ("PPO-clip", "A", 0): [200.0, 240.0],
+        ("VACO", "A", 4): [1000.0, 20.0, 70.0],
+    }
     results = results_of(returns)
-    assert (results.one, results.best) == ({"A": 1.0}, {"A": "VACO"})
-    assert "seeds: 3 to 5" in caption_of(plot.plot_main(results))
-    # Nor of a variant, which the other files of a study may not have
-    assert results_of({**returns, ("SPO --spo-eps 0.4", "A", 0): [9.0] * 5}).best == {"A": "VACO"}
-    # Nor of one that is ahead on one environment only
-    results = results_of({**returns, ("untrained", "B", 0): [0.0], ("VACO", "B", 0): [1.0], ("SPO", "B", 0): [2.0] * 3})
-    assert results.best == {"A": "SPO", "B": "SPO"}
+    assert (results.zero, results.one, results.unit) == ({"A": 20.0}, {"A": 220.0}, "PPO-clip")
+    np.testing.assert_allclose(results.scores("VACO", 4)[:, 0], [4.9, 0.0, 0.25])
+    assert "0 is 20 (untrained), 1 is 220 (PPO-clip)" in plot.tables(results)
+    del returns["PPO-clip", "A", 0]
+    assert results_of(returns).unit == "VACO"
+
+
+def test_evaluations_of_the_last_policies_are_by_the_same_scale():
+    runs = [record("VACO", "A", 0, seed, 10.0, evaluation={"sampled": 15.0 + seed}) for seed in (0, 1, 2)]
+    results = results_of({("untrained", "A", 0): [0.0]}, *runs)
+    assert rows_of(plot.tables(results), "the last policy of each run plays")["VACO"][0].startswith("1.60 [1.5")
+
+
+def test_the_width_figure_joins_methods_that_differ_in_width():
+    runs = []
+    for width, tv, value in ((0.2, 0.05, 1.0), (0.6, 0.15, 2.0)):
+        method = "PPO-clip" if width == 0.2 else f"PPO-clip --clip-coef {width}"
+        metrics = {"lag/tv_total": tv}
+        runs += [record(method, "A", 0, seed, value, metrics=metrics) for seed in (0, 1, 2)]
+    results = results_of({("untrained", "A", 0): [0.0]}, *runs)
+    (ax,) = plot.plot_width(results).axes
+    (line,) = ax.lines
+    assert line.get_label() == "PPO-clip"
+    np.testing.assert_allclose(line.get_xydata(), [[0.05, 1.0], [0.15, 2.0]])
 
 
 def test_scores_of_the_last_tenth_of_the_steps_are_by_the_same_scale():
@@ -376,6 +380,7 @@ def test_statistics_by_hand():
     # VACO is better in 2 of 4 x 4 pairs per value on A; on B, where SPO's fifth seed is left out: it is not on A
     on_a, on_b = 2 / 4, np.mean([(v > s) for v in (1, 2, 3, 100) for s in (0.5, 0.5, 2.5, 0.5)])
     assert results.improvement["SPO", 0][0] == pytest.approx((on_a + on_b) / 2)
+    assert results.difference["SPO", 0][0] == 2.5 - results.iqm["SPO", 0][0]
     ours, theirs = np.random.default_rng(0).integers(0, 4, (2, 5, 3)).astype(float)  # with ties
     expected = plot.metrics.probability_of_improvement(ours, theirs)
     assert plot.probability_of_improvement(ours, theirs) == pytest.approx(expected)
@@ -512,7 +517,7 @@ def test_a_flag_of_the_methods_can_be_the_x_axis():
     assert (results.methods, results.xs) == (["VACO", "PPO-clip"], [1, 4, 10, 20])
     (ax,) = plot.plot_main(results).axes
     lines = {line.get_label(): line.get_ydata() for line in ax.lines}
-    np.testing.assert_allclose(lines["PPO-clip"], [0.025, 0.1, 0.25, 0.5])
+    np.testing.assert_allclose(lines["PPO-clip"], [0.5, 2, 5, 10])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "10", "20"]
     assert ax.get_xlabel() == "update epochs"
     assert rows_of(plot.tables(results), "Probability that")["PPO-clip"][2] == "1.00 [1.00, 1.00] (3, 3)"
@@ -555,7 +560,7 @@ def test_a_diverged_run_is_recorded_and_counts_as_untrained():
         record("VACO", "A", 0, 1, None, grid=grid, returns=[12.0, 14.0, None, None], metrics={}),
         old,
         record("untrained", "A", 0, 0, 10.0, grid=grid, returns=[10.0] * 4),
-        *(record("SPO", "A", 0, seed, 50.0, grid=grid, returns=[50.0] * 4) for seed in range(3)),
+        *(record("PPO-clip", "A", 0, seed, 50.0, grid=grid, returns=[50.0] * 4) for seed in range(3)),
     )
     np.testing.assert_allclose(results.scores("VACO", 0)[:, 0], [0.5, 0.0, 0.0])
     places, curves = results.curves("VACO", "A", 0)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Part A of PROTOCOL.md: every method at several widths of its trust region, with data of the last 9 policies, and without lag.
+#   bash benchmark/width.sh [--seeds 3] [--steps 300000] [--workers 2] [--out FOLDER] [--smoke]
+seeds=3 steps=300000
+source "$(dirname "$0")/options.sh"
+envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4"
+widths=("VACO" "VACO --tv-threshold 0.1" "PPO-clip" "PPO-clip --clip-coef 0.6" "PPO-KL" "PPO-KL --kl-target 0.12" "SPO")
+widths+=("stop by TV" "stop by TV --tv-threshold 0.1" "VACO, no filter")
+lagged=("VACO --tv-anchor learner --tv-threshold 0.1" "APPO" "APPO --clip-coef 0.4" "GePPO" "GePPO --clip-coef 0.4")
+lagged+=("decoupled PPO" "VACO, no alignment") # without lag they are others
+last=("PPO-clip --clip-coef 0.4" "SPO --spo-eps 1.6")
+if [ $smoke ]; then
+    envs="Hopper-v4" widths=("VACO" "PPO-clip" "PPO-clip --clip-coef 0.6") lagged=("GePPO") last=("SPO")
+fi
+actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
+common=(--out "$results/$study.jsonl" --env-ids $envs)
+run "${common[@]}" --methods "untrained" --seeds 1 --flags="$actors"
+common+=(--seeds $(seq 1 "$seeds"))
+run "${common[@]}" --methods "IMPALA, 1 epoch" --lags 8 0 --flags="$actors" # which has no --compile
+common+=(--flags="$actors --compile")
+run "${common[@]}" --methods "${widths[@]}" "${lagged[@]}" --lags 8
+run "${common[@]}" --methods "${widths[@]}" --lags 0
+run "${common[@]}" --methods "${last[@]}" --lags 8 0
+run "${common[@]}" --methods "decoupled PPO --clip-coef 0.4" --lags 8
+plot "$results/$study.jsonl" --figures width return tv
