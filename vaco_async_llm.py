@@ -121,12 +121,13 @@ class Args:
     kl_coef: float = 0.0  # coefficient of the KL divergence to the model before training, per token
     max_grad_norm: float = 1.0  # the largest norm of a gradient
 
-    objective: Literal["vaco", "grpo"] = "vaco"  # what holds the policy back: the filter, or clipped ratios
+    # what holds the policy back: the filter, ratios clipped around the policy that generated, or around that at arrival
+    objective: Literal["vaco", "grpo", "decoupled"] = "vaco"
     filter: bool = True  # vaco: if toggled, gradients that raise the total variation are dropped while over budget
     tv_threshold: float = 0.005  # vaco: the budget, 1/2 mean |pi - anchor|/beta of a token: THE 1/2 IS INCLUDED
     # vaco: measured from the policy at the batch's arrival, or the one that generated (0.1 was the best budget there)
     tv_anchor: Literal["behavior", "learner"] = "learner"
-    clip_coef: float = 0.2  # grpo: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
+    clip_coef: float = 0.2  # grpo, decoupled: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
     def __post_init__(self):
         lowest = {"group_size": 2, "temperature": 0.001}
@@ -173,11 +174,18 @@ def make_problems(task, task_config, seed):
         raise ValueError(f"--task {task}: cannot make problems with options '{task_config}': {error}") from None
 
 
+def held_out(question):
+    """Whether a question is kept for evaluation: a quarter is, by a checksum of its signed words in whatever order."""
+    words = sorted(re.findall(r"(-?)\s*(\w+)", question))
+    return zlib.crc32(repr(words).encode()) % 4 == 0
+
+
 class Problems:
     """The problems of a task: `test`, a list of entries for evaluation, and endlessly many for training, by number.
 
-    An entry is a dict with `question` and `answer`. Of a procedural task, a quarter of all questions, by checksum, is
-    held out: none of it is trained on, and the test problems, the same for all `--seed`s, are of it, each once.
+    An entry is a dict with `question` and `answer`. Of a procedural task a quarter is held out, together with what has
+    the same terms in another order: none of it is trained on, and the test problems, the same for all `--seed`s, are of
+    it, each once.
     """
 
     def __init__(self, args):
@@ -193,7 +201,7 @@ class Problems:
             self.verify = lambda answer, entry: as_number(answer) == as_number(entry["answer"])
         else:
             self.train = make_problems(args.task, args.task_config, args.seed % 1024 * NUM_PROBLEMS)
-            self.held_out = lambda question: zlib.crc32(question.encode()) % 4 == 0
+            self.held_out = held_out
             self.verify = self.train.score_answer
 
     @cached_property
@@ -374,7 +382,7 @@ def warm_start(args, agent, problems):
     """Train the tiny model on solved problems, so that reinforcement has something to improve, and stop early. The
     result is kept in runs/warm_starts, for runs with the same seed and task."""
     key = [args.seed, args.task, args.task_config, args.system_prompt, args.warm_start_batches]
-    key += [args.warm_start_accuracy, agent.model.config.to_dict()]
+    key += [args.warm_start_accuracy, agent.model.config.to_dict(), "held out in whatever order"]
     key += [module.__version__ for module in (torch, transformers, reasoning_gym)]
     path = f"runs/warm_starts/{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
     if os.path.exists(path):
@@ -474,9 +482,14 @@ def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_lo
         # Dropped tokens count in the mean, so they shorten the step
         policy_loss = -torch.where(keep, ratios * advantages, 0).mean()
     else:  # PPO-clip, arXiv 1707.06347
-        clipped_ratios = ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        policy_loss = torch.max(-ratios * advantages, -clipped_ratios * advantages).mean()
-        keep = (advantages * (ratios - 1) <= 0) | ((ratios - 1).abs() <= args.clip_coef)
+        proximal_ratios = ratios
+        importance = 1.0
+        if args.objective == "decoupled":  # clipped around the policy at arrival, weighted by it over beta: 2110.00641
+            proximal_ratios = log_ratio(newlogprobs, learner_logprobs[mask]).exp()
+            importance = learner_ratios.clamp(max=10)
+        clipped_ratios = proximal_ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = (importance * torch.max(-proximal_ratios * advantages, -clipped_ratios * advantages)).mean()
+        keep = (advantages * (proximal_ratios - 1) <= 0) | ((proximal_ratios - 1).abs() <= args.clip_coef)
     with torch.no_grad():
         logs = {
             "losses/policy_loss": policy_loss.detach(),

@@ -321,6 +321,14 @@ def test_grpo_by_hand_over_tokens():
     assert logs["filter/dropped"] == pytest.approx(2 / 5)
 
 
+def test_decoupled_by_hand_over_tokens():
+    loss, gradient, logs = minibatch_by_hand(Args(objective="decoupled", clip_coef=0.2))
+    # pi/pi_T is 1 1.1; 0.625 1 1.3, of which 0.625 is clipped at 0.8; its weight pi_T/beta is 0.8
+    assert loss == pytest.approx(-(1.5 + 1.1 - 2 * (0.8 * 0.8 + 1.0 + 1.3)) / 5)
+    torch.testing.assert_close(gradient, -torch.tensor([[1.5, 1.1, 0], [0, -2.0, -2.6]]) / 5)
+    assert logs["filter/dropped"] == pytest.approx(1 / 5)
+
+
 def test_reference_kl_by_hand():
     """The estimator k3, exp(d) - 1 - d with d = log reference - log pi, over the tokens of the mask."""
     difference = torch.tensor([[0.3, -0.2, 5.0], [0.0, 0.1, -0.4]])
@@ -505,6 +513,15 @@ def test_training_and_test_problems_are_disjoint():
     questions = [problems.find(number)["question"] for number in range(1000)]
     assert len(held_out) == len(problems.test) == 300
     assert not held_out & set(questions)
+
+    def terms(question):
+        """Signed numbers in order of size: the same for "1 + 2 - 3" and "2 - 3 + 1"."""
+        _, _, numbers = question.rpartition(": ")
+        return sorted(re.findall(r"[+-] \d", f"+ {numbers}"))
+
+    trained_on = [terms(question) for question in questions]
+    assert all(len(numbers) in (2, 3) for numbers in trained_on)
+    assert not any(terms(question) in trained_on for question in held_out)
     assert any(problems.train[number]["question"] in held_out for number in range(1000))  # they had to be passed over
     assert questions == [problems.find(number)["question"] for number in range(1000)]
     assert questions != [other.find(number)["question"] for number in range(1000)]
