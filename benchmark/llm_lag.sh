@@ -6,7 +6,7 @@ seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
 lags="0 4 16" flags="--eval-interval 25 --no-anneal-lr --learning-rate 1e-4"
 [ $smoke ] && lags="0 4" steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
-methods=("LLM VACO --tv-threshold 0.005 --tv-anchor learner" "LLM GRPO --clip-coef 0.2" "LLM VACO --no-filter")
+methods=("GRPO, filter --tv-threshold 0.005 --tv-anchor learner" "GRPO, clipped --clip-coef 0.2" "GRPO, no filter")
 compare() {
     run --out "$results/$1.jsonl" --reuse "$results/llm_threshold.jsonl" "$results/llm_clipping.jsonl" --env-ids chain_sum \
         --methods "${@:2}" --lag-schedule fixed --lags $lags --seeds $(seq 1 "$seeds") --flags="$flags"

@@ -55,6 +55,14 @@ LOOKS = {
     "VACO, no filter": ("#000000", "^", "--"),
     "VACO, no alignment": ("#000000", "v", ":"),
 }
+LOOKS |= {
+    "GRPO, filter": LOOKS["VACO"],
+    "GRPO, filter, four steps": ("#000000", "*", "-."),
+    "GRPO, no filter": LOOKS["VACO, no filter"],
+    "GRPO, no filter, one step": LOOKS["VACO, no alignment"],
+    "GRPO, clipped": LOOKS["PPO-clip"],
+    "GRPO, decoupled": LOOKS["decoupled PPO"],
+}
 COLORS = list(dict.fromkeys(color for color, *_ in LOOKS.values()))
 OTHERS = [("#8C6D31", "p", "-"), ("#B8860B", "H", "-"), ("#556B2F", "*", "-")]  # for methods that are added
 HEADLINE = ("VACO", "PPO-clip", "PPO-KL", "decoupled PPO")
@@ -280,7 +288,7 @@ def interval(scores, statistic, reps):
 
 def base_of(method):
     """The name in LOOKS that a method begins with, before its flags; "" if there is none."""
-    return next((name for name in LOOKS if f"{method} ".startswith(f"{name} ")), "")
+    return next((name for name in LOOKS if method == name or method.startswith(f"{name} --")), "")
 
 
 def style(methods):

@@ -9,13 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
+from plot import clean, plt, style
 from run import read_records
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass
@@ -41,7 +38,7 @@ def table(records):
         first = means.setdefault(lag, own)
         ahead = [f"{value - first[seed]:+.1f}" for seed, value in own.items() if first is not own and seed in first]
         # The gate is the filter's; with clipped ratios it only says that the default budget was exceeded
-        over = f"{metrics[2]:.0%}" if method.startswith("LLM VACO") and "--no-filter" not in method else ""
+        over = f"{metrics[2]:.0%}" if method.startswith("GRPO, filter") else ""
         lines.append(
             f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {after} | {changes} | "
             f"{curves[:, 1:].mean():.1f} | {', '.join(ahead)} | {metrics[0]:.3f} | {metrics[1]:.3f} | {over} | "
@@ -58,26 +55,22 @@ def table(records):
 
 def draw(records, path):
     """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean."""
-    looks = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", ":", "^"), ("#009E73", "-.", "D")]
-    looks += [("#CC79A7", "-", "v"), ("#E69F00", "--", "P"), ("#56B4E9", ":", "X"), ("#999999", "-.", "*")]
-    looks += [("#8B4513", "-", "<"), ("#4B0082", "--", ">")]
     lags, methods = (list(dict.fromkeys(record[key] for record in records)) for key in ("lag", "method"))
+    styles = style(methods)
     size = (max(6, 4 * len(lags)), 3.6 + 0.2 * len(methods))
     figure, panels = plt.subplots(1, len(lags), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, lag in zip(panels[0], lags, strict=True):
-        for (color, line, marker), method in zip(looks * len(methods), methods, strict=False):
+        for method in methods:
             group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
             for record in group:
-                panel.plot(*zip(*record["accuracy"], strict=True), color=color, alpha=0.25, linewidth=1)
+                panel.plot(
+                    *zip(*record["accuracy"], strict=True), color=styles[method]["color"], alpha=0.25, linewidth=1
+                )
             if group:
                 steps = [step for step, _ in group[0]["accuracy"]]
                 mean = np.mean([[value for _, value in record["accuracy"]] for record in group], axis=0)
-                look = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 2}
-                panel.plot(steps, mean, **look, label=f"{method} ({len(group)})")
-        panel.set_title(f"lag {lag}")
-        panel.set_xlabel("batches")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("held-out accuracy, greedy")
+                panel.plot(steps, mean, **styles[method], label=f"{method} ({len(group)})")
+        clean(panel, f"lag {lag}", xlabel="batches", ylabel="held-out accuracy, greedy" * (panel is panels[0][0]))
     names = {}  # which are too long to stand at the curves
     for panel in panels[0]:
         names |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))

@@ -58,8 +58,12 @@ METHODS = {
     "IMPALA": "impala_baseline.py --update-epochs {epochs} --learning-rate {rate}",
     "IMPALA, 1 epoch": "impala_baseline.py --update-epochs 1",
     # Language models; their environments are tasks, and their steps are batches
-    "LLM VACO": "vaco_async_llm.py --objective vaco",
-    "LLM GRPO": "vaco_async_llm.py --objective grpo",
+    "GRPO, filter": "vaco_async_llm.py --objective vaco",
+    "GRPO, filter, four steps": "vaco_async_llm.py --objective vaco --num-minibatches 4",
+    "GRPO, no filter": "vaco_async_llm.py --objective vaco --no-filter",
+    "GRPO, no filter, one step": "vaco_async_llm.py --objective vaco --no-filter --num-minibatches 1",
+    "GRPO, clipped": "vaco_async_llm.py --objective grpo",
+    "GRPO, decoupled": "vaco_async_llm.py --objective decoupled",
     # The policy before any training: the zero of normalised scores
     "untrained": "ppo_async_baseline.py --learning-rate 0 --update-epochs 1 --num-minibatches 1",
 }
@@ -104,7 +108,7 @@ def command_of(method, env_id, seed, lag, args):
         print(f"error: --methods {method}: must begin with one of {KNOWN}", file=sys.stderr)
         raise SystemExit(2)
     name = max(names, key=len)
-    if name.startswith("LLM"):
+    if "llm" in METHODS[name]:
         task, length, defaults = "--task", "--total-batches", {}
     else:
         task, length = "--env-id", "--total-timesteps"

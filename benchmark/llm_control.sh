@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Language models: is it the filter, or fewer steps? With two gradient steps per batch the first has D = 0, so half of all
+# steps are over the budget at most, and a filter that is open half of the time may be one step less.
+#   bash benchmark/llm_control.sh [--seeds 3] [--steps 200] [--workers 2] [--out FOLDER] [--smoke]      (steps: batches)
+#
+# Written down before the first run. Each method at three learning rates, completions of exactly 4 or 16 versions ago. A
+# method's score at a lag is its held-out accuracy after 200 batches, mean over seeds, at its best rate. The filter adds
+# something if its score is above that of one step without filter, and of each kind of clipping, by more than twice the
+# standard error of the difference. If one step without filter is as good, the documents say so.
+seeds=3 steps=200
+source "$(dirname "$0")/options.sh"
+lags="4 16" rates="1e-4 5e-5 2.5e-5" flags="--eval-interval 25 --no-anneal-lr"
+methods=("GRPO, filter" "GRPO, no filter" "GRPO, no filter, one step" "GRPO, clipped" "GRPO, clipped --clip-coef 0.4")
+methods+=("GRPO, decoupled" "GRPO, filter, four steps")
+if [ $smoke ]; then
+    lags="4" rates="1e-4" steps=8 flags="--eval-interval 4 --eval-size 50 --warm-start-batches 10"
+fi
+for rate in $rates; do
+    out="$results/${study}_$rate.jsonl"
+    run --out "$out" --env-ids chain_sum --methods "${methods[@]}" --lag-schedule fixed --lags $lags --seeds $(seq 1 "$seeds") \
+        --flags="$flags --learning-rate $rate"
+    plot_llm "$out"
+done
