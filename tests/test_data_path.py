@@ -162,6 +162,23 @@ def test_observations_are_normalised_with_the_statistics_of_the_version_and_clip
     )
 
 
+def test_new_observation_statistics_leave_the_policy_as_it_was():
+    agent = MlpAgent(3, 2)
+    agent.set_statistics(np.array([0.5, -1.0, 0.0]), np.array([0.4, 3.0, 1e-4]))
+    obs = torch.randn(50, 3) * torch.tensor([0.4, 3.0, 0]) + torch.tensor([0.5, -1.0, 0])
+    actions = torch.randn(50, 2)
+    before = agent.evaluate(agent.normalize(obs), actions)
+    agent.set_statistics(np.array([0.3, 1.0, 2.0]), np.array([0.7, 2.0, 5.0]))  # the last was constant until now
+    torch.testing.assert_close(agent.obs_mean, torch.tensor([0.3, 1.0, 2.0]))
+    torch.testing.assert_close(agent.obs_std, torch.tensor([0.7, 2.0, 5.0]))
+    normalized = agent.normalize(obs)
+    normalized[:, 2] = 0  # as before: its weights stayed
+    after = agent.evaluate(normalized, actions)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+
 def test_returns_leave_the_dummy_step_out_where_it_pays():
     """dm_control pays for the reset state in the dummy step."""
     envs = ContinuousEnvs("CartpoleBalance-v1", num_envs=2, seed=0, gamma=0.9)
