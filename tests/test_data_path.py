@@ -178,7 +178,6 @@ def test_new_observation_statistics_leave_the_policy_as_it_was():
         torch.testing.assert_close(one, other)
 
 
-
 def test_returns_leave_the_dummy_step_out_where_it_pays():
     """dm_control pays for the reset state in the dummy step."""
     envs = ContinuousEnvs("CartpoleBalance-v1", num_envs=2, seed=0, gamma=0.9)
