@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Atari under lag. 10M steps of one run are hours on a few cores.
-#   bash benchmark/atari_lag.sh [--seeds 3] [--steps 10000000] [--workers 2] [--out FOLDER] [--smoke]
-seeds=3 steps=10000000
+# Atari under lag: Pong without lag, and with data of the last 9 policies; a wider budget without lag.
+#   bash benchmark/atari_lag.sh [--seeds 3] [--steps 1000000] [--workers 2] [--out FOLDER] [--smoke]
+# For 10M steps, with an accelerator: --steps 10000000 --out FOLDER
+#
+# Written down before the first run. Does VACO's default budget for Atari, 0.05, learn Pong in 1M steps as PPO-clip does,
+# without lag and at a lag of 8? It stays the default if its mean return without lag is within one standard deviation of
+# PPO-clip's, and above that of a budget of 0.1.
+seeds=3 steps=1000000
 source "$(dirname "$0")/options.sh"
-envs="Pong-v5 Breakout-v5" lags="0 8" methods=("VACO" "PPO-clip" "IMPALA" "IMPALA, 1 epoch")
-[ $smoke ] && envs="Breakout-v5" lags="0" methods=("VACO") steps=2048
-common=(--out "$results/$study.jsonl" --env-ids $envs)
+env=Pong-v5 lags="0 8"
+[ $smoke ] && lags="0" steps=2048
+untrained=$((steps / 10))
+common=(--out "$results/$study.jsonl" --env-ids $env)
 common+=(--flags="--bf16 --num-actors 4 --num-envs 2 --num-steps 128 --rollouts-per-batch 4")
-untrained=100000 # steps
-[ $smoke ] && untrained=$steps
 run "${common[@]}" --methods "untrained" --seeds 1 --steps $untrained
-run "${common[@]}" --methods "${methods[@]}" --lags $lags --seeds $(seq 1 "$seeds")
+run "${common[@]}" --methods "VACO" "PPO-clip" --lags $lags --seeds $(seq 1 "$seeds")
+run "${common[@]}" --methods "VACO --tv-threshold 0.1" --seeds 1
 plot "$results/$study.jsonl"

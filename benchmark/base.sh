@@ -19,7 +19,7 @@ envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4"
 [ $smoke ] && envs="Humanoid-v4"
 common=(--lag-schedule fixed --out "$results/$study.jsonl" --env-ids $envs)
 one="--num-actors 1 --num-envs 16 --num-steps 128 --compile"
-run "${common[@]}" --methods "untrained" --seeds 1 --flags="$one"
+run "${common[@]}" --methods "untrained" --seeds 1 --steps $((steps / 10)) --flags="$one"
 for base in "" " --log-std-init 0"; do # the chosen one, then today's
     run "${common[@]}" --methods "VACO$base" "PPO-clip$base" --seeds $(seq 3 $((seeds + 2))) --flags="$one"
 done

@@ -14,7 +14,7 @@ if [ $smoke ]; then
 fi
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
 common=(--out "$results/$study.jsonl" --env-ids $envs)
-run "${common[@]}" --methods "untrained" --seeds 1 --flags="$actors"
+run "${common[@]}" --methods "untrained" --seeds 1 --steps $((steps / 3)) --flags="$actors"
 common+=(--seeds $(seq 1 "$seeds"))
 run "${common[@]}" --methods "IMPALA, 1 epoch" --lags 8 0 --flags="$actors" # which has no --compile
 common+=(--flags="$actors --compile")
