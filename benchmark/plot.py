@@ -245,6 +245,16 @@ class Results:
         pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
         return {place: interval(pair, difference_of_iqm, self.reps) for place, pair in pairs.items()}
 
+    def widths(self, x):
+        """Of methods that differ in the width of their trust region only: {family: [(total variation, IQM, its bounds,
+        method), ...]}, from narrow to wide."""
+        families = defaultdict(list)
+        for method in self.methods:
+            point = (self.metric(method, x, "lag/tv_total"), *self.iqm[method, x], method)
+            if np.isfinite(point[:2]).all():
+                families[WIDTH.sub("", method)].append(point)
+        return {family: sorted(points) for family, points in families.items()}
+
     def at(self, x):
         return f"{self.x_name.replace('-', ' ')} {x:g}"
 
@@ -488,20 +498,14 @@ def plot_tv(results):
 def plot_width(results):
     """Return against how far a batch moves the policy: a line joins methods that differ in width only."""
     figure, axes = plt.subplots(1, len(results.xs), figsize=(9, 4.2), sharey=True, squeeze=False, layout="constrained")
-    families = defaultdict(list)
-    for method in results.methods:
-        families[WIDTH.sub("", method)].append(method)
-    styles = style(list(families))
+    styles = style(list(dict.fromkeys(WIDTH.sub("", method) for method in results.methods)))
     for ax, x in zip(axes[0], results.xs, strict=True):
         ends = {}
-        for family, methods in families.items():
-            points = [(results.metric(method, x, "lag/tv_total"), *results.iqm[method, x]) for method in methods]
-            points = np.array(sorted(point for point in points if np.isfinite(point[:2]).all()))
-            if len(points):
-                tv, value, low, high = points.T
-                ax.plot(tv, value, label=family, **styles[family])
-                ax.vlines(tv, low, high, color=styles[family]["color"], linewidth=1)
-                ends[family] = tv[-1], value[-1]
+        for family, points in results.widths(x).items():
+            tv, value, low, high = np.array([point[:4] for point in points]).T
+            ax.plot(tv, value, label=family, **styles[family])
+            ax.vlines(tv, low, high, color=styles[family]["color"], linewidth=1)
+            ends[family] = tv[-1], value[-1]
         ax.set_xlim(left=0)
         clean(ax, results.at(x), size=9, ylabel="normalised return" * (ax is axes[0, 0]))
         ax.set_xlabel("total variation after the updates", fontsize=9)
@@ -596,6 +600,20 @@ def tables(results):
         add(text, lambda m, x: cell(*results.improvement[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
         text = "IQM of VACO's normalised scores less that of** (seeds of VACO, of the other)"
         add(text, lambda m, x: cell(*results.difference[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
+    families = [results.widths(x) for x in xs]
+    if results.improvement and any(len(points) > 1 for family in families for points in family.values()):
+        rows = []
+        for family in families[-1]:
+            row = [family]
+            for x, others in zip(xs, families, strict=True):
+                ours = results.metric("VACO", x, "lag/tv_total")
+                points = others.get(family, [])
+                nearest = min(points, key=lambda point, ours=ours: abs(point[0] - ours), default=None)
+                score = np.interp(ours, *np.array([point[:2] for point in points]).T) if points else np.nan
+                row.append(f"{score:.2f} (nearest: {nearest[0]:.3f}, {nearest[-1]})" if points else "")
+            rows.append(row)
+        text = "IQM at VACO's total variation**, read off the line through a family's widths; beyond its ends, the end"
+        parts.append(f"**{text}\n\n{markdown(header, rows)}")
     for name in ("lag/tv_backward", "lag/tv_forward", "lag/tv_total", "lag/ess", "filter/dropped", "filter/gate_open"):
         row = {(m, x): results.metric(m, x, name) for m in methods for x in xs}
         text = f"{name}**, mean over the runs of all environments"

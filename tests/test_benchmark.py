@@ -351,6 +351,9 @@ def test_the_width_figure_joins_methods_that_differ_in_width():
     (line,) = ax.lines
     assert line.get_label() == "PPO-clip"
     np.testing.assert_allclose(line.get_xydata(), [[0.05, 1.0], [0.15, 2.0]])
+    runs += [record("VACO", "A", 0, seed, 3.0, metrics={"lag/tv_total": 0.075}) for seed in (0, 1, 2)]
+    tables = plot.tables(results_of({("untrained", "A", 0): [0.0]}, *runs))
+    assert rows_of(tables, "IQM at VACO's total variation")["PPO-clip"] == ["1.25 (nearest: 0.050, PPO-clip)"]
 
 
 def test_scores_of_the_last_tenth_of_the_steps_are_by_the_same_scale():
