@@ -173,14 +173,15 @@ class ContinuousEnvs:
         else:
             envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
             envs._add_info = lambda infos, *_: infos  # nothing here needs them, and they may not fit together
-            if not envs.single_observation_space.is_np_flattenable:
-                raise ValueError(f"its observations, {envs.single_observation_space}, have no fixed size")
+            space = envs.single_observation_space
+            if not space.is_np_flattenable or "Text(" in str(space):
+                raise ValueError(f"its observations, {space}, are no numbers of a fixed size")
             self.envs = gym.wrappers.vector.FlattenObservation(envs)
             obs, _ = self.envs.reset(seed=seed)
         self.obs = self.flatten(obs)
         self.space = self.envs.single_action_space
         if not isinstance(self.space, gym.spaces.Box) or not np.issubdtype(self.space.dtype, np.floating):
-            raise ValueError(f"its actions are {self.space}, not floating-point (Atari games: vaco_async_atari.py)")
+            raise ValueError(f"its actions are {self.space}, not floating-point")
         bounded = np.isfinite(self.space.low) & np.isfinite(self.space.high)
         self.low = np.where(bounded, self.space.low, -1)  # where actions of -1 and 1 are
         self.high = np.where(bounded, self.space.high, 1)
@@ -245,15 +246,18 @@ class AtariEnvs:
 @cache
 def continuous_sizes(env_id):
     """(observation size, action size) of a task. Raises ValueError, with the reason, if it cannot be trained on."""
-    if f"{env_id}-v5" in envpool.list_all_envs():  # gymnasium would take its own simulator
-        raise ValueError(f"--env-id {env_id}: has no version; envpool has {env_id}-v5")
+    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id)
+    newest = max((known for known in envpool.list_all_envs() if known.startswith(f"{name}-v")), default="")
     try:
+        if newest and env_id == name:
+            raise ValueError("has no version, and gymnasium would take its own simulator")
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
     except Exception as error:  # whatever its constructor raises
-        reason = f"--env-id {env_id} cannot be used: {type(error).__name__}: {error}"
-        name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id) + "-v5"
-        advice = f"envpool has {name}" if name in envpool.list_all_envs() else "yours: my_module:MyEnv-v0, without .py"
-        raise ValueError(f"{reason} ({advice})") from None
+        advice = f"envpool has {newest}" if newest else "yours: my_module:MyEnv-v0, without .py"
+        if newest and isinstance(envpool.make_spec(newest).action_space, gym.spaces.Discrete):
+            advice += ", a game: see vaco_async_atari.py"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"--env-id {env_id} cannot be used: {reason} ({advice})") from None
     return envs.obs.shape[1], math.prod(envs.space.shape)
 
 
@@ -292,17 +296,18 @@ class MlpAgent(nn.Module):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     @torch.no_grad()
-    def set_statistics(self, mean, std):
+    def set_statistics(self, mean, std, first):
         """Change the observation statistics [D], and the first layers so that the networks compute what they did: else
-        every batch would move the policy without a gradient. A dimension whose deviation changes by a factor of two or
-        more was hardly known before, and its weights stay."""
+        every batch would move the policy without a gradient. It still moves with the `first` ones, which replace none;
+        in a dimension whose deviation changes by a factor of two or more, which was hardly known; and where it clamps.
+        """
         mean = torch.as_tensor(mean).to(self.obs_mean)
         std = torch.as_tensor(std).to(self.obs_std)
         growth = std / self.obs_std
-        known = (growth > 0.5) & (growth < 2)
-        for first, *_ in (self.critic, self.actor_mean):
-            first.bias += first.weight @ torch.where(known, (mean - self.obs_mean) / self.obs_std, 0)
-            first.weight *= torch.where(known, growth, 1)
+        known = (growth > 0.5) & (growth < 2) & (not first)
+        for layer, *_ in (self.critic, self.actor_mean):
+            layer.bias += average(layer.weight @ torch.where(known, (mean - self.obs_mean) / self.obs_std, 0))
+            layer.weight *= torch.where(known, growth, 1)
         self.obs_mean.copy_(mean)
         self.obs_std.copy_(std)
 
@@ -572,6 +577,7 @@ class Actors:
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.answered = False  # whether any actor has finished a rollout
+        self.errors = []  # tracebacks of what actors raised
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -602,19 +608,24 @@ class Actors:
                 self.connections[index].send(pending)
 
     def replace(self, index, error=""):
-        """Say how an actor has died, by which error (a traceback), and start its successor, or let the run end."""
+        """Say how an actor has died, maybe by an exception (its traceback); start its successor, or let the run end."""
+        if error:
+            self.processes[index].kill()  # it may hang at its exit
         self.processes[index].join()
         code = self.processes[index].exitcode
         problem = f"actor {index} died with exit code {code}"
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         if error:
-            problem = f"actor {index}, which runs the environment, raised {error.splitlines()[-1]}"
+            problem = f"actor {index}, or its environment, raised {error.splitlines()[-1]}"
+            if error not in self.errors:
+                print(error, file=sys.stderr, flush=True)
+            self.errors.append(error)
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
-            self.stop_reasons.append(f"{error}{problem}; --max-actor-restarts allows no more restarts")
-        elif self.restarts > 1 and not self.answered:
-            self.stop_reasons.append(f"{error}{problem}; as no rollout has been finished, there is no other attempt")
+            self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+        elif not self.answered and self.errors.count(error) > 1:
+            self.stop_reasons.append(f"{problem}, for the second time before any rollout was finished")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -889,7 +900,8 @@ def train(args):
             final_ratios = (final_logprobs - batch["logprobs"])[valid].exp()  # [B], pi/beta
             if not atari:
                 update_statistics(statistics["obs"], batch["obs"][:-1][valid])
-                agent.set_statistics(statistics["obs"].mean, np.sqrt(statistics["obs"].var + 1e-8))
+                obs_std = np.sqrt(statistics["obs"].var + 1e-8)
+                agent.set_statistics(statistics["obs"].mean, obs_std, first=version == 0)
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             losses = {name: mean for name, mean in means.items() if name != "losses/explained_variance"}  # maybe 0 / 0
             check_finite(f"in the batch after step {global_step}", losses | agent.state_dict())

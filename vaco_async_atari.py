@@ -452,6 +452,7 @@ class Actors:
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.answered = False  # whether any actor has finished a rollout
+        self.errors = []  # tracebacks of what actors raised
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -482,19 +483,24 @@ class Actors:
                 self.connections[index].send(pending)
 
     def replace(self, index, error=""):
-        """Say how an actor has died, by which error (a traceback), and start its successor, or let the run end."""
+        """Say how an actor has died, maybe by an exception (its traceback); start its successor, or let the run end."""
+        if error:
+            self.processes[index].kill()  # it may hang at its exit
         self.processes[index].join()
         code = self.processes[index].exitcode
         problem = f"actor {index} died with exit code {code}"
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
         if error:
-            problem = f"actor {index}, which runs the environment, raised {error.splitlines()[-1]}"
+            problem = f"actor {index}, or its environment, raised {error.splitlines()[-1]}"
+            if error not in self.errors:
+                print(error, file=sys.stderr, flush=True)
+            self.errors.append(error)
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
-            self.stop_reasons.append(f"{error}{problem}; --max-actor-restarts allows no more restarts")
-        elif self.restarts > 1 and not self.answered:
-            self.stop_reasons.append(f"{error}{problem}; as no rollout has been finished, there is no other attempt")
+            self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
+        elif not self.answered and self.errors.count(error) > 1:
+            self.stop_reasons.append(f"{problem}, for the second time before any rollout was finished")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)

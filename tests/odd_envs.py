@@ -42,7 +42,7 @@ class Raising(Scaled):
 
 class Unmade(Scaled):
     def __init__(self):
-        raise RuntimeError("licence server does not answer")
+        raise RuntimeError("licence server\ndoes not answer")
 
 
 class Sampled(Scaled):
@@ -65,3 +65,4 @@ gym.register("Micro-v0", Scaled, max_episode_steps=20, kwargs={"reward_scale": 2
 gym.register("Growing-v0", Growing, max_episode_steps=20)
 gym.register("Raising-v0", Raising)
 gym.register("Unmade-v0", Unmade)
+gym.register("Texts-v0", Sampled, kwargs={"space": gym.spaces.Text(5)})

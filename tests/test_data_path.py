@@ -164,11 +164,15 @@ def test_observations_are_normalised_with_the_statistics_of_the_version_and_clip
 
 def test_new_observation_statistics_leave_the_policy_as_it_was():
     agent = MlpAgent(3, 2)
-    agent.set_statistics(np.array([0.5, -1.0, 0.0]), np.array([0.4, 3.0, 1e-4]))
+    weight = agent.actor_mean[0].weight.clone()
+    agent.set_statistics(np.array([0.5, -1.0, 0.0]), np.array([0.4, 3.0, 1e-4]), first=True)
+    assert torch.equal(agent.actor_mean[0].weight, weight)
     obs = torch.randn(50, 3) * torch.tensor([0.4, 3.0, 0]) + torch.tensor([0.5, -1.0, 0])
     actions = torch.randn(50, 2)
     before = agent.evaluate(agent.normalize(obs), actions)
-    agent.set_statistics(np.array([0.3, 1.0, 2.0]), np.array([0.7, 2.0, 5.0]))  # the last was constant until now
+    agent.set_statistics(
+        np.array([0.3, 1.0, 2.0]), np.array([0.7, 2.0, 5.0]), first=False
+    )  # the last was constant until now
     torch.testing.assert_close(agent.obs_mean, torch.tensor([0.3, 1.0, 2.0]))
     torch.testing.assert_close(agent.obs_std, torch.tensor([0.7, 2.0, 5.0]))
     normalized = agent.normalize(obs)

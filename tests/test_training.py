@@ -230,7 +230,9 @@ def test_train_computes_what_it_logs_from_the_right_rows(env_id, monkeypatch, on
     for v, batch in enumerate(batches):
         past.load_state_dict(versions[v])
         now.load_state_dict(versions[v + 1])
-        now.set_statistics(versions[v]["obs_mean"], versions[v]["obs_std"])  # as they were during the updates
+        now.set_statistics(
+            versions[v]["obs_mean"], versions[v]["obs_std"], first=v == 0
+        )  # as they were during the updates
         with torch.no_grad():
             obs = past.normalize(batch.obs)
             learner = past.evaluate(obs[:-1], batch.actions)[0] - batch.logprobs
