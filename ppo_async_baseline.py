@@ -115,9 +115,9 @@ class Args:
     max_grad_norm: float = 0.5  # the largest norm of a gradient
 
     align: bool = False  # if toggled, advantages are V-trace's, of the learner's policy, in place of GAE's (clip: APPO)
-    # clip: PPO's clipped surrogate; geppo: clipped around the learner's policy at the batch's arrival; decoupled: the
-    # same, importance-weighted from there to the policy that acted; kl: a penalty b KL(beta, pi); spo: Simple Policy
-    # Optimization; stop: no clipping, but the rest of a batch is skipped once a minibatch's TV is over its budget
+    # clip: PPO's clipped surrogate; geppo: clipped around the learner's policy at the batch's arrival, use --align;
+    # decoupled: the same, importance-weighted from there to the policy that acted; kl: a penalty b KL(beta, pi); spo:
+    # Simple Policy Optimization; stop: no clipping, but the rest of a batch is skipped once a minibatch is over budget
     objective: Literal["clip", "geppo", "decoupled", "kl", "spo", "stop"] = "clip"
     clip_coef: float | None = None  # clip, geppo, decoupled: how far the ratio may go
     tv_threshold: float | None = None  # stop: the budget on 1/2 mean |pi/beta - 1|, as VACO's
@@ -443,7 +443,6 @@ def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logpr
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
     learner_ratios = learner_log_ratios.exp()  # [M], pi_T/beta
-    tv = average(0.5 * (ratios.detach() - 1).abs().mean())
     deviations = ratios - 1  # what is clipped
     if args.objective == "clip":
         policy_loss = clip_loss(ratios, advantages, args.clip_coef).mean()
@@ -472,8 +471,9 @@ def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logpr
             "losses/old_approx_kl": -log_ratios.mean(),
             "losses/approx_kl": (ratios - 1 - log_ratios).mean(),  # joschu.net/blog/kl-approx.html
             "losses/clipfrac": (deviations.abs() > args.clip_coef).float().mean(),
-            "losses/tv": tv,
         }
+        if args.objective == "stop":
+            logs["losses/tv"] = average(0.5 * (ratios - 1).abs().mean())
     return loss, logs
 
 
@@ -929,14 +929,15 @@ def train(args):
                     mb_fields = [field.index_select(0, mb) for field in b_fields]
                     weights.grad, logs = compute_gradient(ppo_minibatch, agent, args, kl_coef, *mb_fields)
                     minibatch_logs.append(logs)
-                    stopped = args.objective == "stop" and logs["losses/tv"] > args.tv_threshold
-                    if stopped:
+                    over_budget = args.objective == "stop" and logs["losses/tv"].item() > args.tv_threshold
+                    if over_budget:
                         break
                     optimizer.step()
+                over_kl = False
                 if args.target_kl is not None:
                     kls = [logs["losses/approx_kl"] for logs in minibatch_logs[-args.num_minibatches :]]
-                    stopped = stopped or average(torch.stack(kls).mean()) > args.target_kl
-                if stopped:
+                    over_kl = average(torch.stack(kls).mean()) > args.target_kl
+                if over_budget or over_kl:
                     break
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
@@ -978,7 +979,7 @@ def train(args):
                 "stats/rollout_time": np.mean(act_times),
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
-                "stats/minibatches": len(minibatch_logs),
+                "stats/gradient_steps": len(minibatch_logs) - over_budget,
             }
             averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
             scalars = dict(zip(means, averages.tolist(), strict=True))

@@ -187,7 +187,8 @@ class Results:
     def evaluations(self, method, env_id, x):
         """The mean returns of episodes that the last policy of a run plays, with sampled actions, {seed: return}."""
         cell = self.cells.get((method, env_id, x), {})
-        return {s: cell[s].get("evaluation", {}).get("sampled", self.zero[env_id]) for s in sorted(cell)}
+        means = {s: cell[s]["evaluation"]["sampled"] for s in sorted(cell) if "evaluation" in cell[s]}
+        return {s: self.zero[env_id] for s in cell if cell[s]["return"] is None} | means
 
     def ends(self, method, env_id, x):
         """The returns of the last tenth of the steps, {seed: return}; equally long for those that fall early."""
@@ -200,9 +201,10 @@ class Results:
         columns = []
         for env_id in self.env_ids:
             returns, zero = (returns_of or self.returns)(method, env_id, x), self.zero[env_id]
-            column = np.array([returns[seed] for seed in self.seeds(method, x)], dtype=float)
+            column = np.array([returns.get(seed, np.nan) for seed in self.seeds(method, x)], dtype=float)
             columns.append((column - zero) / (self.one[env_id] - zero))
-        return np.stack(columns, axis=1)
+        scores = np.stack(columns, axis=1)
+        return scores[np.isfinite(scores).all(axis=1)]  # older records have no evaluation
 
     def curves(self, method, env_id, x):
         """The grid of steps and the curves of all seeds [seeds, stretches], from where all have begun.
@@ -496,7 +498,8 @@ def plot_tv(results):
 
 
 def plot_width(results):
-    """Return against how far a batch moves the policy: a line joins methods that differ in width only."""
+    """Return against how far the policy is from the data after a batch's updates: a line joins methods that differ in
+    width only."""
     figure, axes = plt.subplots(1, len(results.xs), figsize=(9, 4.2), sharey=True, squeeze=False, layout="constrained")
     styles = style(list(dict.fromkeys(WIDTH.sub("", method) for method in results.methods)))
     for ax, x in zip(axes[0], results.xs, strict=True):
@@ -510,6 +513,8 @@ def plot_width(results):
         clean(ax, results.at(x), size=9, ylabel="normalised return" * (ax is axes[0, 0]))
         ax.set_xlabel("total variation after the updates", fontsize=9)
         label_ends(ax, ends, styles)
+    text = "IQM of normalised return, 95 % intervals, against the total variation between a batch's data and the policy"
+    caption(figure, f"{text} after its updates (means over all runs). {results.about(complete=True)}")
     return figure
 
 

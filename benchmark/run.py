@@ -69,8 +69,9 @@ METHODS = {
 }
 KNOWN = ", ".join(f'"{name}"' for name in METHODS)
 STRETCHES = 20  # of equal length, per learning curve
-METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl", "stats/minibatches")  # what their names begin with
-METRICS += ("charts/reward", "charts/completion_length")
+# What the names of recorded metrics begin with
+METRICS = ("lag/", "filter/", "losses/entropy", "losses/approx_kl", "stats/gradient_steps", "charts/reward")
+METRICS += ("charts/completion_length",)
 WARM_STARTS = REPOSITORY / "runs" / "warm_starts"  # of language models: made once per seed, then shared by all runs
 
 
@@ -175,9 +176,9 @@ def measure(run, lag, steps):
     scalars = {tag: files.Scalars(tag) for tag in files.Tags()["scalars"]}
     metrics = {tag: scalars[tag][lag:] or scalars[tag] for tag in scalars if tag.startswith(METRICS)}  # one per batch
     means = {tag: np.mean([event.value for event in events]) for tag, events in metrics.items()}
-    shown = {"metrics": {tag: float(f"{mean:.5g}") for tag, mean in means.items()}}
+    shown = {"metrics": {tag: float(mean) for tag, mean in means.items()}}
     if "charts/accuracy" in scalars:
-        return shown | {"accuracy": [(event.step, round(event.value, 4)) for event in scalars["charts/accuracy"]]}
+        return shown | {"accuracy": [(event.step, event.value) for event in scalars["charts/accuracy"]]}
     stretches = [[] for _ in range(STRETCHES)]
     for event in scalars.get("charts/episodic_return", []):
         stretches[min(math.ceil(event.step / steps * STRETCHES), STRETCHES) - 1].append(event.value)

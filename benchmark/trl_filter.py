@@ -1,4 +1,4 @@
-"""VACO's filter in TRL's GRPOTrainer: copy the class, and use it in the place of TRL's.
+"""VACO's filter in TRL's GRPOTrainer: copy the class and `tv_filter`, and use it in the place of TRL's.
 
     pip install -r benchmark/requirements-trl.txt && python benchmark/trl_filter.py
 
@@ -27,7 +27,7 @@ class FilteredGRPOTrainer(GRPOTrainer):
     tv_threshold = 0.005
 
     def _compute_loss(self, model, inputs):
-        mask = inputs["completion_mask"].bool()  # [M, L]
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()  # [M, L]
         tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         logprobs, *_ = self._get_per_token_logps_and_entropies(model, tokens, attention, mask.shape[1])

@@ -260,14 +260,14 @@ def test_stop_skips_the_rest_of_a_batch_once_total_variation_is_over_budget(monk
 
     def recorded_minibatch(agent, *inputs):
         loss, logs = minibatch(agent, *inputs)
-        batches[-1].append((float(logs["losses/tv"]), state_of(agent)["critic.0.weight"]))
+        batches[-1].append((float(logs["losses/tv"]), state_of(agent)["critic.2.weight"]))
         return loss, logs
 
     def recorded_publish(self, agent, version):
         if batches:
             _, last_seen = batches[-1][-1]
             over = batches[-1][-1][0] > 0.01
-            assert torch.equal(last_seen, agent.critic[0].weight) == over
+            assert torch.equal(last_seen, agent.critic[2].weight) == over
         batches.append([])
         publish(self, agent, version)
 
@@ -275,8 +275,8 @@ def test_stop_skips_the_rest_of_a_batch_once_total_variation_is_over_budget(monk
     monkeypatch.setattr(ppo.PolicyStore, "publish", recorded_publish)
     flags = {"objective": "stop", "tv_threshold": 0.01, "update_epochs": 8, "learning_rate": 1e-3}
     ppo.train(ppo.Args(**SMALL | flags, lag_schedule="fixed"))
-    steps = [len(batch) for batch in batches[:-1]]
-    assert read_curves(".")["stats/minibatches"] == steps and 1 < min(steps) < 32
+    steps = [sum(tv <= 0.01 for tv, _ in batch) for batch in batches[:-1]]
+    assert read_curves(".")["stats/gradient_steps"] == steps and 1 < min(steps) < 32
     for batch in batches[:-1]:
         assert all(tv <= 0.01 for tv, _ in batch[:-1])
 

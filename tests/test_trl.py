@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 
 import vaco_async_llm as llm
 
+pytest.importorskip("trl", reason="benchmark/requirements-trl.txt has it, for those who train with it")
 sys.path.insert(0, str(REPOSITORY / "benchmark"))
 import trl_filter
 
