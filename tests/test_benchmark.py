@@ -358,6 +358,12 @@ def test_the_width_figure_joins_methods_that_differ_in_width():
     assert rows_of(tables, "IQM at VACO's total variation")["PPO-clip"] == ["1.25 (nearest: 0.050, PPO-clip)"]
 
 
+def test_small_returns_keep_four_digits_in_tables():
+    assert plot.digits(-19.5e-4) == "-0.00195" and plot.digits(12345.6, 0.25) == "12346 ± 0"
+    table = plot.tables(results_of({("untrained", "A", 0): [0.0], ("VACO", "A", 0): [3.6e-4]}))
+    assert "| VACO | 0.00036 (1) |" in table
+
+
 def test_scores_of_the_last_tenth_of_the_steps_are_by_the_same_scale():
     """An agent that falls early has its last 100 episodes within few steps, another over a third of the run."""
     runs = [record("VACO", "A", 0, seed, 10.0, grid=list(range(5, 101, 5))) for seed in (0, 1)]

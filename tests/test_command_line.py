@@ -53,6 +53,12 @@ def test_without_docstrings_and_with_empty_variables_of_launchers_there_is_help(
     assert subprocess.run(command, capture_output=True, env=environment).returncode == 0
 
 
+def test_whole_numbers_may_be_written_as_1e6():
+    flags = ["--total-timesteps", "1.5e6", "--num-envs=1E+1", "--num-minibatches", "7"]  # the last is wrong
+    command = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
+    assert "must split 1280 samples" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "advice"),
     [

@@ -76,8 +76,10 @@ def test_observations_of_any_finite_size_train():
     assert all(torch.isfinite(tensor).all() for tensor in agent.state_dict().values()) and agent.obs_std.max() > 1e38
 
 
-def test_the_unit_of_rewards_does_not_matter():
+def test_the_unit_of_rewards_does_not_matter(capsys):
     one, other = short_run("Plain-v0"), short_run("Micro-v0")
+    plain, micro = map(float, re.findall(r"return (\S+) after", capsys.readouterr().out))
+    assert micro == pytest.approx(plain / 2**20, rel=1e-4)
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], msg=name)
 
