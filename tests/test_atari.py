@@ -423,10 +423,10 @@ def test_it_learns_to_catch(monkeypatch):
     monkeypatch.setattr(vaco_async_atari, "AtariEnvs", Catch)
     args = replace(SMALL, env_id="Freeway-v5", num_envs=8, num_steps=32, num_minibatches=4, update_epochs=4)
     # The budget of Atari, 0.05, is for long games: in so few steps it holds back too much
-    args = replace(args, total_timesteps=6000, learning_rate=1e-3, anneal_lr=False, tv_threshold=0.2)
+    args = replace(args, total_timesteps=8000, learning_rate=5e-4, anneal_lr=False, tv_threshold=0.2)
     train(replace(args, lag_schedule="mixture", lag=2))
     returns = read_curves(".")["charts/episodic_return"]
-    assert np.mean(returns[:3]) < -0.3 and np.mean(returns[-5:]) > 0.1
+    assert np.mean(returns[:3]) < -0.3 and np.mean(returns[-8:]) > 0.2
 
 
 BAD = [

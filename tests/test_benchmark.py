@@ -255,7 +255,12 @@ def test_an_interrupted_study_starts_no_more_runs():
     with open("out", "w") as out, open("errors", "w") as errors:
         environment = os.environ | {"PATH": path}
         process = subprocess.Popen(
-            ["bash", "study.sh"], env=environment, stdout=out, stderr=errors, start_new_session=True
+            ["bash", "study.sh"],
+            env=environment,
+            stdout=out,
+            stderr=errors,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
         )
     end = time.monotonic() + 60
     while "0/1" not in Path("errors").read_text() and time.monotonic() < end:  # the bar: the first run is on its way
