@@ -12,7 +12,7 @@
 # - Confirmation, 1M steps: the chosen base, seeds 3 to 7, and today's. It is kept if its mean score there is higher.
 # The screening was run by this script's state of commit 318b5cd, which alone has the trial flags: those that won are
 # defaults. Tasks with bounds of -1 and 1 (all but Humanoid) are the same with (2) and without it, so they ran once. To
-# draw it: python benchmark/plot.py benchmark/results/base_screening.jsonl --figures main return
+# draw it: python benchmark/plot.py benchmark/results/base_screening.jsonl --figures return
 # After the screening one more thing came in for all methods: new observation statistics leave the policy as it is
 # (base_statistics.jsonl: 300k steps, seeds 1 and 2, mean score 1.48 on three tasks, without it 1.28).
 # Today's base at 1M steps is not run again: old_base/mujoco_1m.jsonl has it (5 seeds on HalfCheetah, 3 on Hopper, Walker2d
@@ -25,4 +25,4 @@ common=(--lag-schedule fixed --out "$results/$study.jsonl" --env-ids $envs)
 one="--num-actors 1 --num-envs 16 --num-steps 128 --compile"
 run "${common[@]}" --methods "untrained" --seeds 1 --steps $((steps / 10)) --flags="$one"
 run "${common[@]}" --methods "VACO" "PPO-clip" --seeds $(seq 3 $((seeds + 2))) --flags="$one"
-plot "$results/$study.jsonl" --figures main return curves
+plot "$results/$study.jsonl" --figures curves

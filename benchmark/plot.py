@@ -80,6 +80,7 @@ PUBLISHED = {
     "HalfCheetah-v4": ("1443 ± 46", "5784"),
     "Hopper-v4": ("2383 ± 272", "2609"),
     "Walker2d-v4": ("2288 ± 572", "3589"),
+    "Ant-v4": ("", "3258"),
     "Humanoid-v4": ("716 ± 49", "787"),
 }
 
@@ -594,10 +595,13 @@ def tables(results):
     for method in (method for method in methods if method.startswith("IMPALA")):
         own = re.sub(r"\S+\.py |--(env-id|seed|total-timesteps|lag-schedule|lag) \S+ ", "", flags[method])
         parts.append(f"{method}: minibatches of whole sequences, advantages not normalised, flags `{own}`.")
-    published = [[env_id, *PUBLISHED[env_id]] for env_id in results.env_ids if env_id in PUBLISHED]
-    if published and results.steps == 1_000_000:
-        table = markdown(["", "CleanRL, v4", "tianshou, v3"], published)
-        parts.append(f"**Published returns of PPO after 1M steps**\n\n{table}")
+    if results.steps == 1_000_000 and len(xs) == 1:
+        rows = []
+        for env_id in [env_id for env_id in PUBLISHED if env_id in results.env_ids]:
+            ours = [spread(list(results.returns(method, env_id, xs[0]).values())) for method in methods]
+            rows.append([env_id, *ours, *PUBLISHED[env_id]])
+        table = markdown(["", *methods, "CleanRL's PPO, v4", "tianshou's PPO, v3"], rows)
+        parts.append(f"**Beside published returns of PPO**: mean ± standard deviation (seeds)\n\n{table}")
     if results.improvement:
         count = {(m, x): len(results.seeds(m, x)) for m in methods for x in xs}
         text = "Probability that a run of VACO is better than one of** (seeds of VACO, of the other)"

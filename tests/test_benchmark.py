@@ -605,8 +605,9 @@ def test_runs_of_several_programs_are_named():
 def test_published_returns_stand_beside_runs_of_1m_steps():
     runs = [record("VACO", "Hopper-v4", 0, 0, 2500.0, steps=steps) for steps in (100, 1_000_000)]
     zeros = [record("untrained", "Hopper-v4", 0, 0, 10.0, steps=steps) for steps in (100, 1_000_000)]
-    assert "Published" not in plot.tables(results_of({}, runs[0], zeros[0]))
-    assert rows_of(plot.tables(results_of({}, runs[1], zeros[1])), "Published") == {"Hopper-v4": ["2383 ± 272", "2609"]}
+    assert "published" not in plot.tables(results_of({}, runs[0], zeros[0]))
+    rows = rows_of(plot.tables(results_of({}, runs[1], zeros[1])), "Beside published returns")
+    assert rows == {"Hopper-v4": ["2500 (1)", "2383 ± 272", "2609"]}
 
 
 def test_results_that_cannot_be_compared_are_refused():
