@@ -6,7 +6,7 @@ source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4" lags="0 4 16"
 main=("VACO" "PPO-clip" "SPO" "decoupled PPO" "IMPALA")
 more=("PPO-KL" "IMPALA, 1 epoch" "VACO, no filter" "VACO, no alignment") # with three seeds
-[ $smoke ] && envs="Hopper-v4" lags="0 4" main=("VACO" "PPO-clip") more=()
+[ $smoke ] && envs="Hopper-v4" lags="0 4" main=("VACO") more=()
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
 few=$((seeds < 3 ? seeds : 3))
 common=(--out "$results/$study.jsonl" --env-ids $envs --flags="$actors")

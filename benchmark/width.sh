@@ -15,11 +15,13 @@ fi
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
 common=(--out "$results/$study.jsonl" --env-ids $envs)
 run "${common[@]}" --methods "untrained" --seeds 1 --steps $((steps / 3)) --flags="$actors"
-common+=(--seeds $(seq 1 "$seeds"))
-run "${common[@]}" --methods "IMPALA, 1 epoch" --lags 8 0 --flags="$actors" # which has no --compile
-common+=(--flags="$actors --compile")
-run "${common[@]}" --methods "${widths[@]}" "${lagged[@]}" --lags 8
-run "${common[@]}" --methods "${widths[@]}" --lags 0
-run "${common[@]}" --methods "${last[@]}" --lags 8 0
+for seed in $(seq 1 "$seeds"); do # each complete before the next begins
+    one=("${common[@]}" --seeds "$seed" --flags="$actors --compile")
+    run "${one[@]}" --methods "${widths[@]}" --lags 0 8
+    run "${one[@]}" --methods "${lagged[@]}" --lags 8
+    run "${common[@]}" --seeds "$seed" --methods "IMPALA, 1 epoch" --lags 0 8 --flags="$actors" # which has no --compile
+done
+common+=(--seeds $(seq 1 "$seeds") --flags="$actors --compile")
+run "${common[@]}" --methods "${last[@]}" --lags 0 8
 run "${common[@]}" --methods "decoupled PPO --clip-coef 0.4" --lags 8
 plot "$results/$study.jsonl" --figures width return tv
