@@ -20,7 +20,7 @@ import textwrap
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,7 @@ LOOKS |= {
 COLORS = list(dict.fromkeys(color for color, *_ in LOOKS.values()))
 OTHERS = [("#8C6D31", "p", "-"), ("#B8860B", "H", "-"), ("#556B2F", "*", "-")]  # for methods that are added
 HEADLINE = ("VACO", "PPO-clip", "PPO-KL", "decoupled PPO")
+RIVALS = ("PPO-clip", "APPO", "GePPO", "decoupled PPO", "PPO-KL", "SPO", "stop by TV")  # of PROTOCOL.md
 PARTS = ("VACO", "VACO, no filter", "VACO, no alignment")
 INK, SIZE = "#222222", 8  # of text
 FEWEST = 3  # seeds for an interval: two that happen to be alike give one of no width
@@ -241,12 +242,10 @@ class Results:
         pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
         return {place: interval(pair, probability_of_improvement, self.reps) for place, pair in pairs.items()}
 
-    @cached_property
-    def difference(self):
-        """{(method, x): (IQM of VACO's scores less that of the method's, low, high)}."""
-        others = [method for method in self.methods if method != "VACO"] if "VACO" in self.methods else []
-        pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
-        return {place: interval(pair, difference_of_iqm, self.reps) for place, pair in pairs.items()}
+    def lead(self, ours, theirs, x, returns_of=None):
+        """How far the IQM of one method's scores is above another's: (difference, low, high)."""
+        pair = self.scores(ours, x, returns_of), self.scores(theirs, x, returns_of)
+        return interval(pair, difference_of_iqm, self.reps)
 
     def widths(self, x):
         """Of methods that differ in the width of their trust region only: {family: [(total variation, IQM, its bounds,
@@ -553,6 +552,36 @@ def programs(results):
     return f"{text}{warning} A run is reproduced exactly by its own commit."
 
 
+def equal_widths(results, x):
+    """VACO at each of its budgets beside every rival at the nearest width, as markdown: PROTOCOL.md, part A."""
+    families = results.widths(x)
+    rivals = [families[family] for family in RIVALS if family in families]
+    rows = []
+    for tv, *_, ours in families.get("VACO", []):
+        for points in rivals:
+            width, *_, theirs = min(points, key=lambda point, tv=tv: abs(point[0] - tv))
+            leads = [results.lead(ours, theirs, x, returns_of) for returns_of in (results.returns, results.evaluations)]
+            verdict = "open"
+            if all(low > 0 for _, low, _ in leads):
+                verdict = "ahead"
+            if all(high < 0 for *_, high in leads):
+                verdict = "behind"
+            if abs(width - tv) > tv / 4:
+                verdict = "not comparable"
+            line = np.interp(tv, *np.array([point[:2] for point in points]).T)
+            count = f"{len(results.seeds(ours, x))}, {len(results.seeds(theirs, x))}"
+            cells = [cell(*lead, count) for lead in leads]
+            rows.append([ours, theirs, f"{tv:.3f}, {width:.3f}", *cells, verdict, f"{line:.2f}"])
+    header = ["VACO", "the other", "their widths", "VACO's lead", "by the last policy", "VACO is", "the other's line"]
+    text = f"{results.at(x).capitalize()}, each rival at the width nearest to VACO's**: how far VACO's IQM is above the"
+    text += (
+        " other's, by training, and by the episodes of the last policy (seeds). The other's line is its IQM at VACO's"
+    )
+    text += " width, read off the line through its widths"
+    several = any(len(points) > 1 for points in rivals)
+    return f"**{text}\n\n{markdown(header, rows)}" if several else ""
+
+
 def tables(results):
     """All tables, as markdown: IQM, returns per environment, probability of improvement, metrics."""
     methods, xs = results.methods, results.xs
@@ -608,21 +637,9 @@ def tables(results):
         others = [method for method in methods if method != "VACO"]
         add(text, lambda m, x: cell(*results.improvement[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
         text = "IQM of VACO's normalised scores less that of** (seeds of VACO, of the other)"
-        add(text, lambda m, x: cell(*results.difference[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
-    families = [results.widths(x) for x in xs]
-    if results.improvement and any(len(points) > 1 for family in families for points in family.values()):
-        rows = []
-        for family in families[-1]:
-            row = [family]
-            for x, others in zip(xs, families, strict=True):
-                ours = results.metric("VACO", x, "lag/tv_total")
-                points = others.get(family, [])
-                nearest = min(points, key=lambda point, ours=ours: abs(point[0] - ours), default=None)
-                score = np.interp(ours, *np.array([point[:2] for point in points]).T) if points else np.nan
-                row.append(f"{score:.2f} (nearest: {nearest[0]:.3f}, {nearest[-1]})" if points else "")
-            rows.append(row)
-        text = "IQM at VACO's total variation**, read off the line through a family's widths; beyond its ends, the end"
-        parts.append(f"**{text}\n\n{markdown(header, rows)}")
+        lead = partial(results.lead, "VACO")
+        add(text, lambda m, x: cell(*lead(m, x), f"{count['VACO', x]}, {count[m, x]}"), others)
+    parts += [table for x in xs if (table := equal_widths(results, x))]
     for name in ("lag/tv_backward", "lag/tv_forward", "lag/tv_total", "lag/ess", "filter/dropped", "filter/gate_open"):
         row = {(m, x): results.metric(m, x, name) for m in methods for x in xs}
         text = f"{name}**, mean over the runs of all environments"

@@ -353,9 +353,29 @@ def test_the_width_figure_joins_methods_that_differ_in_width():
     (line,) = ax.lines
     assert line.get_label() == "PPO-clip"
     np.testing.assert_allclose(line.get_xydata(), [[0.05, 1.0], [0.15, 2.0]])
-    runs += [record("VACO", "A", 0, seed, 3.0, metrics={"lag/tv_total": 0.075}) for seed in (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("tv", "ours", "evaluated", "verdict"),
+    [
+        (0.12, 3.0, 3.0, "ahead"),
+        (0.12, 3.0, 1.0, "open"),  # training and the last policy disagree
+        (0.12, 1.0, 1.0, "behind"),
+        (0.12, 2.0, 2.0, "open"),
+        (0.30, 3.0, 3.0, "not comparable"),
+    ],
+)
+def test_vaco_is_judged_beside_rivals_of_its_width(tv, ours, evaluated, verdict):
+    runs = []
+    for method, width, value in (("PPO-clip", 0.05, 1.0), ("PPO-clip --clip-coef 0.6", 0.15, 2.0), ("VACO", tv, ours)):
+        evaluation = {"sampled": evaluated if method == "VACO" else value}
+        changes = {"metrics": {"lag/tv_total": width}, "evaluation": evaluation}
+        runs += [record(method, "A", 0, seed, value, **changes) for seed in (0, 1, 2)]
     tables = plot.tables(results_of({("untrained", "A", 0): [0.0]}, *runs))
-    assert rows_of(tables, "IQM at VACO's total variation")["PPO-clip"] == ["1.25 (nearest: 0.050, PPO-clip)"]
+    other, widths, lead, _, judged, line = rows_of(tables, "each rival at the width nearest")["VACO"]
+    assert (other, widths, judged) == ("PPO-clip --clip-coef 0.6", f"{tv:.3f}, 0.150", verdict)
+    assert lead.startswith(f"{ours - 2.0:.2f} [")
+    assert line == f"{min(1 + (tv - 0.05) / 0.1, 2):.2f}"
 
 
 def test_small_returns_keep_four_digits_in_tables():
@@ -392,7 +412,7 @@ def test_statistics_by_hand():
     # VACO is better in 2 of 4 x 4 pairs per value on A; on B, where SPO's fifth seed is left out: it is not on A
     on_a, on_b = 2 / 4, np.mean([(v > s) for v in (1, 2, 3, 100) for s in (0.5, 0.5, 2.5, 0.5)])
     assert results.improvement["SPO", 0][0] == pytest.approx((on_a + on_b) / 2)
-    assert results.difference["SPO", 0][0] == 2.5 - results.iqm["SPO", 0][0]
+    assert results.lead("VACO", "SPO", 0)[0] == 2.5 - results.iqm["SPO", 0][0]
     ours, theirs = np.random.default_rng(0).integers(0, 4, (2, 5, 3)).astype(float)  # with ties
     expected = plot.metrics.probability_of_improvement(ours, theirs)
     assert plot.probability_of_improvement(ours, theirs) == pytest.approx(expected)
