@@ -15,8 +15,8 @@
 # draw it: python benchmark/plot.py benchmark/results/base_screening.jsonl --figures return
 # After the screening one more thing came in for all methods: new observation statistics leave the policy as it is
 # (base_statistics.jsonl: 300k steps, seeds 1 and 2, mean score 1.48 on three tasks, without it 1.28).
-# Today's base at 1M steps is not run again: old_base/mujoco_1m.jsonl has it (5 seeds on HalfCheetah, 3 on Hopper, Walker2d
-# and Humanoid; nothing was chosen on them). Ant, which is missing there, is left out of the confirmation.
+# Today's base at 1M steps was not run again: commit 69fce2b has it in results/old_base/mujoco_1m.jsonl (5 seeds on
+# HalfCheetah, 3 on Hopper, Walker2d and Humanoid; nothing was chosen on them). Ant, which is missing there, was left out.
 seeds=5 steps=1000000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4"

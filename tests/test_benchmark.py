@@ -66,7 +66,7 @@ def calls_of(study, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["base", "width", "mujoco_lag", "ablation", "mujoco_1m", "atari_lag"])
+@pytest.mark.parametrize("study", ["base", "width", "mujoco_lag", "ablation", "atari_lag"])
 def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
     """All commands of the study's script, with results made up instead of runs."""
     random = np.random.default_rng(0)
