@@ -2,17 +2,21 @@
 
     python benchmark/plot_llm.py benchmark/results/llm_lag.jsonl
 
-writes beside the results, with their name, .md with the table and .png with held-out accuracy over batches.
+writes beside the results, with their name, .md with tables and .png with held-out accuracy over batches.
 """
 
+import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
-from plot import clean, plt, style
+from plot import clean, markdown, plt, style
 from run import read_records
+
+RATE = re.compile(r" --learning-rate (\S+)")
 
 
 @dataclass
@@ -20,48 +24,104 @@ class Args:
     results: tyro.conf.Positional[Path]  # a file of benchmark/run.py
 
 
+def last(group):
+    """The held-out accuracy at the end of each run, in %."""
+    return 100 * np.array([record["accuracy"][-1][1] for record in group])
+
+
+def groups_of(records):
+    """{(method, lag): its runs}."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["method"], record["lag"]].append(record)
+    return groups
+
+
+def at_best_rates(records):
+    """{(method without its learning rate, lag): its runs at the rate with the highest accuracy at the end}."""
+    best = {}
+    for (method, lag), group in groups_of(records).items():
+        place = RATE.sub("", method), lag
+        if place not in best or last(group).mean() > last(best[place]).mean():
+            best[place] = group
+    return best
+
+
 def table(records):
-    """Markdown: held-out accuracy before and after, per method and lag, over seeds; and by how much the mean of each
-    run differs from that of the first method with the same lag and seed."""
-    columns = ["method", "lag", "seeds", "before", "after", "change, each seed", "mean of the run"]
-    columns += [f"the same, minus {records[0]['method']}", "reward", "TV on arrival", "over budget", "dropped"]
-    means = {}
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for method, lag in dict.fromkeys((record["method"], record["lag"]) for record in records):
-        group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
+    """Markdown: held-out accuracy before and after, per method and lag, over seeds."""
+    columns = ["method", "lag", "seeds", "before", "after", "mean of the run", "reward", "TV on arrival", "TV added"]
+    rows = []
+    for (method, lag), group in groups_of(records).items():
         curves = 100 * np.array([[value for _, value in record["accuracy"]] for record in group])
-        metrics = [np.mean([record["metrics"].get(tag, np.nan) for record in group])
-                   for tag in ("charts/reward", "lag/tv_backward", "filter/gate_open", "filter/dropped")]  # fmt: skip
-        after = f"{curves[:, -1].mean():.1f}" + (f" ± {curves[:, -1].std(ddof=1):.1f}" if len(group) > 2 else "")
-        changes = ", ".join(f"{change:+.1f}" for change in curves[:, -1] - curves[:, 0])
-        own = dict(zip([record["seed"] for record in group], curves[:, 1:].mean(1), strict=True))
-        first = means.setdefault(lag, own)
-        ahead = [f"{value - first[seed]:+.1f}" for seed, value in own.items() if first is not own and seed in first]
+        tags = ("charts/reward", "lag/tv_backward", "lag/tv_forward", "filter/gate_open", "filter/dropped")
+        means = {tag: np.mean([record["metrics"].get(tag, np.nan) for record in group]) for tag in tags}
+        reward, arrival, added, over, dropped = means.values()
         # The gate is the filter's; with clipped ratios it only says that the default budget was exceeded
-        over = f"{metrics[2]:.0%}" if method.startswith("GRPO, filter") else ""
-        lines.append(
-            f"| {method} | {lag} | {len(group)} | {curves[:, 0].mean():.1f} | {after} | {changes} | "
-            f"{curves[:, 1:].mean():.1f} | {', '.join(ahead)} | {metrics[0]:.3f} | {metrics[1]:.3f} | {over} | "
-            f"{metrics[3]:.0%} |"
-        )
-    lines += ["", "± is the standard deviation over seeds; columns 4 to 8 are of the held-out accuracy in %."]
-    lines[-1] += " Reward (of sampled completions) and what follows are means over the batches that have the whole lag."
-    commits = sorted({record["commit"] for record in records})
-    lines[-1] += f" Commits: {', '.join(commits)}."
-    if len(commits) > 1:  # a command that is recorded is not run again, whatever has changed in the script
-        lines[-1] += " **Runs of different code: compare them only if nothing has changed between these commits.**"
-    return "\n".join(lines)
+        over = f"{over:.0%}" if method.startswith("GRPO, filter") else ""
+        row = [
+            method,
+            lag,
+            len(group),
+            f"{curves[:, 0].mean():.1f}",
+            spread(curves[:, -1]),
+            f"{curves[:, 1:].mean():.1f}",
+        ]
+        rows.append([*row, f"{reward:.3f}", f"{arrival:.3f}", f"{added:.3f}", over, f"{dropped:.0%}"])
+    return markdown([*columns, "over budget", "dropped"], rows)
+
+
+def verdicts(records):
+    """Markdown: each method at its best learning rate, and how far the filter is ahead of it, by llm_lag.sh's rule."""
+    best = at_best_rates(records)
+    rows = []
+    for (method, lag), group in best.items():
+        rate = RATE.search(group[0]["method"])
+        row = [method, lag, rate[1] if rate else "", spread(last(group)), "", ""]
+        filtered = best.get(("GRPO, filter", lag), [])
+        if filtered is not group and min(len(filtered), len(group)) > 1:
+            lead = last(filtered).mean() - last(group).mean()
+            error = sum(last(part).var(ddof=1) / len(part) for part in (filtered, group)) ** 0.5
+            row[4] = f"{lead:+.1f} ± {error:.1f}"
+            row[5] = "open"
+            if lead > 2 * error:
+                row[5] = "ahead"
+            if lead <= 0:
+                row[5] = "not ahead"
+        rows.append(row)
+    header = ["method", "lag", "its best rate", "after", "the filter's lead ± standard error", "the filter is"]
+    return markdown(header, sorted(rows, key=lambda row: row[1]))
+
+
+def spread(values):
+    """ "61.3 ± 4.2": mean, and standard deviation from three values on."""
+    deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 2 else ""
+    return f"{values.mean():.1f}{deviation}"
+
+
+def page(records):
+    """All tables, with what they show."""
+    text = (
+        "Accuracy is of held-out problems, greedy, in %; ± of accuracies is the standard deviation over seeds. Reward,"
+    )
+    text += " of sampled completions, and what follows are means over the batches that have the whole lag. Commits:"
+    text += f" {', '.join(sorted({record['commit'] for record in records}))}."
+    parts = [table(records), text]
+    if any(RATE.search(record["method"]) for record in records):
+        parts.insert(0, verdicts(records))
+    return "\n\n".join(parts) + "\n"
 
 
 def draw(records, path):
-    """Accuracy over batches, a panel per lag; thin: one seed, thick: the mean."""
-    lags, methods = (list(dict.fromkeys(record[key] for record in records)) for key in ("lag", "method"))
+    """Accuracy over batches, a panel per lag, each method at its best learning rate; thin: a seed, thick: the mean."""
+    best = at_best_rates(records)
+    methods = list(dict.fromkeys(method for method, _ in best))
+    lags = list(dict.fromkeys(lag for _, lag in best))
     styles = style(methods)
     size = (max(6, 4 * len(lags)), 3.6 + 0.2 * len(methods))
     figure, panels = plt.subplots(1, len(lags), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, lag in zip(panels[0], lags, strict=True):
         for method in methods:
-            group = [record for record in records if (record["method"], record["lag"]) == (method, lag)]
+            group = best.get((method, lag), [])
             for record in group:
                 panel.plot(
                     *zip(*record["accuracy"], strict=True), color=styles[method]["color"], alpha=0.25, linewidth=1
@@ -83,8 +143,7 @@ def draw(records, path):
 
 
 def read(path):
-    """The finished runs of a file: method by method, in the order of the study; the first is what others are compared
-    with."""
+    """The finished runs of a file: method by method, in the order of the study."""
     records = [record for record in read_records(path) if "accuracy" in record]
     methods = list(dict.fromkeys(record["method"] for record in records))
     return sorted(records, key=lambda record: (methods.index(record["method"]), record["lag"], record["seed"]))
@@ -95,9 +154,9 @@ def main(args):
     if not records:
         print(f"error: {args.results}: has no finished runs of language models", file=sys.stderr)
         sys.exit(2)
-    args.results.with_suffix(".md").write_text(f"{table(records)}\n")
+    args.results.with_suffix(".md").write_text(page(records))
     draw(records, args.results.with_suffix(".png"))
-    print(table(records))
+    print(page(records), end="")
 
 
 if __name__ == "__main__":
