@@ -552,34 +552,54 @@ def programs(results):
     return f"{text}{warning} A run is reproduced exactly by its own commit."
 
 
+def verdict(leads):
+    """Whether VACO is ahead of another method: by training and by the last policy, else it is open (PROTOCOL.md)."""
+    if all(low > 0 for _, low, _ in leads):
+        return "ahead"
+    if all(high < 0 for *_, high in leads):
+        return "behind"
+    return "open"
+
+
 def equal_widths(results, x):
-    """VACO at each of its budgets beside every rival at the nearest width, as markdown: PROTOCOL.md, part A."""
+    """Part A of PROTOCOL.md, a list of Markdown tables: each rival, at the width nearest to VACO's, beside VACO at each
+    of its budgets, and what follows for the claim. Empty unless VACO has several budgets."""
     families = results.widths(x)
-    rivals = [families[family] for family in RIVALS if family in families]
-    rows = []
-    for tv, *_, ours in families.get("VACO", []):
-        for points in rivals:
+    budgets = families.get("VACO", [])
+    if len(budgets) < 2:
+        return []
+    rows, answers = [], []
+    for family in [family for family in RIVALS if family in families]:
+        points, found = families[family], []
+        for tv, *_, ours in budgets:
             width, *_, theirs = min(points, key=lambda point, tv=tv: abs(point[0] - tv))
             leads = [results.lead(ours, theirs, x, returns_of) for returns_of in (results.returns, results.evaluations)]
-            verdict = "open"
-            if all(low > 0 for _, low, _ in leads):
-                verdict = "ahead"
-            if all(high < 0 for *_, high in leads):
-                verdict = "behind"
-            if abs(width - tv) > tv / 4:
-                verdict = "not comparable"
-            line = np.interp(tv, *np.array([point[:2] for point in points]).T)
+            comparable = abs(width - tv) <= tv / 4
+            line = np.interp(tv, *np.array([point[:2] for point in points]).T, left=np.nan, right=np.nan)
             count = f"{len(results.seeds(ours, x))}, {len(results.seeds(theirs, x))}"
-            cells = [cell(*lead, count) for lead in leads]
-            rows.append([ours, theirs, f"{tv:.3f}, {width:.3f}", *cells, verdict, f"{line:.2f}"])
-    header = ["VACO", "the other", "their widths", "VACO's lead", "by the last policy", "VACO is", "the other's line"]
+            rows.append([theirs, ours, f"{width:.3f}, {tv:.3f}", "yes" if comparable else "no", verdict(leads)])
+            rows[-1] += [cell(*lead, count) for lead in leads] + [f"{line:.2f}" if np.isfinite(line) else ""]
+            found.append((verdict(leads), comparable))
+        judged = {word for word, comparable in found if comparable}
+        answer = "open"
+        if not judged:
+            answer = "comparable nowhere, says nothing"
+        elif "behind" in judged:
+            answer = "refuted"
+        elif judged == {"ahead"}:
+            answer = "shown"
+        if family == "stop by TV" and not any(word == "ahead" for word, _ in found):
+            answer += "; the filter is a mere gate"
+        answers.append([family, answer])
+    header = ["the other", "VACO", "their widths", "comparable", "VACO is", "VACO's lead", "by the last policy"]
     text = f"{results.at(x).capitalize()}, each rival at the width nearest to VACO's**: how far VACO's IQM is above the"
     text += (
         " other's, by training, and by the episodes of the last policy (seeds). The other's line is its IQM at VACO's"
     )
     text += " width, read off the line through its widths"
-    several = any(len(points) > 1 for points in rivals)
-    return f"**{text}\n\n{markdown(header, rows)}" if several else ""
+    lines = markdown([*header, "the other's line"], rows)
+    claim = markdown(["the other", "the claim is"], answers)
+    return [f"**{text}\n\n{lines}", f"**What follows for the claim at {results.at(x)}**\n\n{claim}"]
 
 
 def tables(results):
@@ -619,18 +639,20 @@ def tables(results):
         text = f"{env_id}**, return of the last 100 episodes: mean ± standard deviation (seeds); normalised score 0 is"
         text += f" {digits(results.zero[env_id])} (untrained), 1 is {digits(results.one[env_id])} ({results.unit})"
         add(text, lambda m, x, env_id=env_id: spread(list(results.returns(m, env_id, x).values())))
-    parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")
+    if any(xs):
+        parts.append("Returns are those of the policies that acted, which are older than the newest by up to the lag.")
     flags = {m: " ".join(map(str, r["command"])) for (m, *_), part in results.cells.items() for r in part.values()}
     for method in (method for method in methods if method.startswith("IMPALA")):
         own = re.sub(r"\S+\.py |--(env-id|seed|total-timesteps|lag-schedule|lag) \S+ ", "", flags[method])
         parts.append(f"{method}: minibatches of whole sequences, advantages not normalised, flags `{own}`.")
-    if results.steps == 1_000_000 and len(xs) == 1:
+    if results.steps == 1_000_000 and results.lag == 0:
         rows = []
         for env_id in [env_id for env_id in PUBLISHED if env_id in results.env_ids]:
             ours = [spread(list(results.returns(method, env_id, xs[0]).values())) for method in methods]
             rows.append([env_id, *ours, *PUBLISHED[env_id]])
         table = markdown(["", *methods, "CleanRL's PPO, v4", "tianshou's PPO, v3"], rows)
-        parts.append(f"**Beside published returns of PPO**: mean ± standard deviation (seeds)\n\n{table}")
+        text = "**Beside published returns of PPO**: mean ± standard deviation (seeds)"
+        parts += [f"{text}\n\n{table}"] if rows else []
     if results.improvement:
         count = {(m, x): len(results.seeds(m, x)) for m in methods for x in xs}
         text = "Probability that a run of VACO is better than one of** (seeds of VACO, of the other)"
@@ -639,7 +661,11 @@ def tables(results):
         text = "IQM of VACO's normalised scores less that of** (seeds of VACO, of the other)"
         lead = partial(results.lead, "VACO")
         add(text, lambda m, x: cell(*lead(m, x), f"{count['VACO', x]}, {count[m, x]}"), others)
-    parts += [table for x in xs if (table := equal_widths(results, x))]
+        last_lead = partial(results.lead, "VACO", returns_of=results.evaluations)
+        text = "The same, of 10 episodes that the last policy of each run plays** with sampled actions"
+        add(text, lambda m, x: cell(*last_lead(m, x), f"{count['VACO', x]}, {count[m, x]}"), others)
+    for x in xs:
+        parts += equal_widths(results, x)
     for name in ("lag/tv_backward", "lag/tv_forward", "lag/tv_total", "lag/ess", "filter/dropped", "filter/gate_open"):
         row = {(m, x): results.metric(m, x, name) for m in methods for x in xs}
         text = f"{name}**, mean over the runs of all environments"

@@ -38,12 +38,17 @@ def groups_of(records):
 
 
 def at_best_rates(records):
-    """{(method without its learning rate, lag): its runs at the rate with the highest accuracy at the end}."""
-    best = {}
+    """{(method without its learning rate, lag): its runs at the rate with the highest accuracy at the end}. They are of
+    the seeds that all its rates have."""
+    rates = defaultdict(list)
     for (method, lag), group in groups_of(records).items():
-        place = RATE.sub("", method), lag
-        if place not in best or last(group).mean() > last(best[place]).mean():
-            best[place] = group
+        rates[RATE.sub("", method), lag].append(group)
+    best = {}
+    for place, groups in rates.items():
+        seeds = set.intersection(*({record["seed"] for record in group} for group in groups))
+        equal = [[record for record in group if record["seed"] in seeds] for group in groups]
+        if seeds:
+            best[place] = max(equal, key=lambda group: last(group).mean())
     return best
 
 
@@ -76,19 +81,19 @@ def verdicts(records):
     rows = []
     for (method, lag), group in best.items():
         rate = RATE.search(group[0]["method"])
-        row = [method, lag, rate[1] if rate else "", spread(last(group)), "", ""]
+        row = [method, lag, len(group), rate[1] if rate else "", spread(last(group)), "", ""]
         filtered = best.get(("GRPO, filter", lag), [])
         if filtered is not group and min(len(filtered), len(group)) > 1:
             lead = last(filtered).mean() - last(group).mean()
             error = sum(last(part).var(ddof=1) / len(part) for part in (filtered, group)) ** 0.5
-            row[4] = f"{lead:+.1f} ± {error:.1f}"
-            row[5] = "open"
+            row[5] = f"{lead:+.1f} ± {error:.1f}"
+            row[6] = "open"
             if lead > 2 * error:
-                row[5] = "ahead"
+                row[6] = "ahead"
             if lead <= 0:
-                row[5] = "not ahead"
+                row[6] = "not ahead"
         rows.append(row)
-    header = ["method", "lag", "its best rate", "after", "the filter's lead ± standard error", "the filter is"]
+    header = ["method", "lag", "seeds", "its best rate", "after", "the filter's lead ± standard error", "the filter is"]
     return markdown(header, sorted(rows, key=lambda row: row[1]))
 
 
@@ -106,7 +111,7 @@ def page(records):
     text += " of sampled completions, and what follows are means over the batches that have the whole lag. Commits:"
     text += f" {', '.join(sorted({record['commit'] for record in records}))}."
     parts = [table(records), text]
-    if any(RATE.search(record["method"]) for record in records):
+    if any(record["method"].startswith("GRPO, filter --learning-rate") for record in records):
         parts.insert(0, verdicts(records))
     return "\n\n".join(parts) + "\n"
 
@@ -143,8 +148,11 @@ def draw(records, path):
 
 
 def read(path):
-    """The finished runs of a file: method by method, in the order of the study."""
+    """The runs of a file, method by method, in the order of the study. After divergence a run's accuracy is 0."""
     records = [record for record in read_records(path) if "accuracy" in record]
+    steps = max(([step for step, _ in record["accuracy"]] for record in records), key=len, default=[])
+    for record in records:
+        record["accuracy"] += [(step, 0.0) for step in steps[len(record["accuracy"]) :]]
     methods = list(dict.fromkeys(record["method"] for record in records))
     return sorted(records, key=lambda record: (methods.index(record["method"]), record["lag"], record["seed"]))
 

@@ -123,18 +123,30 @@ def test_the_runs_of_the_study_of_language_models_are_valid_and_can_be_drawn(mon
     assert path.with_suffix(".png").exists() and capsys.readouterr().out == path.with_suffix(".md").read_text()
     verdicts, rows = (table.splitlines()[2:] for table in documents.tables_of(path.with_suffix(".md").read_text()))
     error = f"{(4 / 3 + 4 / 3) ** 0.5:.1f}"  # of two means of three seeds that are 2 points apart
-    assert f"| GRPO, no filter | 4 | 5e-5 | 54.0 ± 2.0 | +10.0 ± {error} | ahead |" in verdicts
-    assert f"| GRPO, clipped | 0 | 5e-5 | 64.0 ± 2.0 | +0.0 ± {error} | not ahead |" in verdicts
-    assert f"| GRPO, decoupled | 16 | 5e-5 | 63.0 ± 2.0 | +1.0 ± {error} | open |" in verdicts
-    assert "| GRPO, filter | 4 | 5e-5 | 64.0 ± 2.0 |  |  |" in verdicts and len(verdicts) == 3 * 3 + 2 * 4
+    assert f"| GRPO, no filter | 4 | 3 | 5e-5 | 54.0 ± 2.0 | +10.0 ± {error} | ahead |" in verdicts
+    assert f"| GRPO, clipped | 0 | 3 | 5e-5 | 64.0 ± 2.0 | +0.0 ± {error} | not ahead |" in verdicts
+    assert f"| GRPO, decoupled | 16 | 3 | 5e-5 | 63.0 ± 2.0 | +1.0 ± {error} | open |" in verdicts
+    assert "| GRPO, filter | 4 | 3 | 5e-5 | 64.0 ± 2.0 |  |  |" in verdicts and len(verdicts) == 3 * 3 + 2 * 4
     for method, _, seeds, before, *_, over, dropped in (row.strip("| ").split(" | ") for row in rows):
         assert (seeds, before, dropped) == ("3", "50.0", "12%")
         assert over.strip() == ("25%" if method.startswith("GRPO, filter") else "")
 
 
-@pytest.mark.parametrize(
-    "path", (REPOSITORY / "benchmark" / "results").rglob("llm_*.jsonl"), ids=lambda path: path.stem
-)
+def test_learning_rates_compete_over_equal_seeds_and_a_run_that_diverged_has_0(capsys):
+    for rate, seed, end in (("1e-4", 1, 0.6), ("1e-4", 2, 0.5), ("5e-5", 1, 0.7), ("5e-5", 2, None), ("5e-5", 3, 0.9)):
+        accuracy = [(0, 0.5), (25, 0.7)] + ([(50, end)] if end else [])
+        method = f"GRPO, filter --learning-rate {rate}"
+        runner.append_record(Path("llm.jsonl"), record(method, "chain_sum", 4, seed, None, accuracy=accuracy))
+    plot_llm.main(plot_llm.Args(Path("llm.jsonl")))
+    tables = capsys.readouterr().out
+    assert "| GRPO, filter | 4 | 2 | 1e-4 | 55.0 |" in tables  # of seeds 1 and 2; 5e-5 has 35.0
+    assert "| GRPO, filter --learning-rate 5e-5 | 4 | 3 | 50.0 | 53.3 ± 47.3 |" in tables
+
+
+LANGUAGE_MODELS = list((REPOSITORY / "benchmark" / "results").rglob("llm_*.jsonl"))
+
+
+@pytest.mark.parametrize("path", LANGUAGE_MODELS, ids=lambda path: path.stem)
 def test_the_tables_of_language_models_are_those_of_the_recorded_runs(path):
     assert plot_llm.page(plot_llm.read(path)) == path.with_suffix(".md").read_text()
 
@@ -366,26 +378,36 @@ def test_the_width_figure_joins_methods_that_differ_in_width():
 
 
 @pytest.mark.parametrize(
-    ("tv", "ours", "evaluated", "verdict"),
+    ("tv", "ours", "evaluated", "verdict", "answer"),
     [
-        (0.12, 3.0, 3.0, "ahead"),
-        (0.12, 3.0, 1.0, "open"),  # training and the last policy disagree
-        (0.12, 1.0, 1.0, "behind"),
-        (0.12, 2.0, 2.0, "open"),
-        (0.30, 3.0, 3.0, "not comparable"),
+        (0.12, 3.0, 3.0, "ahead", "shown"),
+        (0.12, 3.0, 1.0, "open", "open"),  # training and the last policy disagree
+        (0.12, 1.0, 1.0, "behind", "refuted"),
+        (0.12, 2.0, 2.0, "open", "open"),
+        (0.30, 1.0, 1.0, "behind", "comparable nowhere, says nothing"),
     ],
 )
-def test_vaco_is_judged_beside_rivals_of_its_width(tv, ours, evaluated, verdict):
+def test_vaco_is_judged_beside_rivals_of_its_width(tv, ours, evaluated, verdict, answer):
     runs = []
-    for method, width, value in (("PPO-clip", 0.05, 1.0), ("PPO-clip --clip-coef 0.6", 0.15, 2.0), ("VACO", tv, ours)):
+    for method, width, value in (
+        ("PPO-clip", 0.05, 1.0),
+        ("PPO-clip --clip-coef 0.6", 0.15, 2.0),
+        ("stop by TV", 0.15, 2.0),
+        ("VACO", tv, ours),
+        ("VACO --tv-threshold 0.1", 1.0, 2.0),  # whose width no other has
+    ):
         evaluation = {"sampled": evaluated if method == "VACO" else value}
         changes = {"metrics": {"lag/tv_total": width}, "evaluation": evaluation}
         runs += [record(method, "A", 0, seed, value, **changes) for seed in (0, 1, 2)]
     tables = plot.tables(results_of({("untrained", "A", 0): [0.0]}, *runs))
-    other, widths, lead, _, judged, line = rows_of(tables, "each rival at the width nearest")["VACO"]
-    assert (other, widths, judged) == ("PPO-clip --clip-coef 0.6", f"{tv:.3f}, 0.150", verdict)
+    rows = [line for line in tables.splitlines() if line.startswith("| PPO-clip --clip-coef 0.6 | VACO |")]
+    _, _, widths, comparable, judged, lead, _, line = rows[0][2:-2].split(" | ")
+    assert (widths, judged) == (f"0.150, {tv:.3f}", verdict)
+    assert comparable == ("yes" if tv == 0.12 else "no")
     assert lead.startswith(f"{ours - 2.0:.2f} [")
-    assert line == f"{min(1 + (tv - 0.05) / 0.1, 2):.2f}"
+    assert line.strip() == ("1.70" if tv == 0.12 else "")  # beyond its ends a line says nothing
+    gate = "" if verdict == "ahead" else "; the filter is a mere gate"
+    assert f"| PPO-clip | {answer} |" in tables and f"| stop by TV | {answer}{gate} |" in tables
 
 
 def test_small_returns_keep_four_digits_in_tables():
