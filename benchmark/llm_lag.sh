@@ -4,10 +4,11 @@
 #
 # Written down before the first run. Is it the filter, or fewer steps? With two gradient steps per batch the first has D = 0,
 # so at most every second step is filtered, and a filter may be no more than one step less. And what one method gains over
-# another at a given learning rate, a smaller one may give to both. So each method has three rates (one step, which moves half
-# as far, a higher one, too). A method's score at a lag is its held-out accuracy after 200 batches, mean over seeds, at its
-# best rate. The filter is ahead of another method if its score is higher by more than twice the standard error of the
-# difference; it is not ahead if the other's is as high or higher; else it is open.
+# another at a given learning rate, a smaller one may give to both. So each method has three rates; the control with one step,
+# which moves half as far, has 2e-4 as well. A method's score at a lag is its held-out accuracy after 200 batches, mean over
+# seeds, at its best rate; a run that diverged has 0. The filter is ahead of another method if its score is higher by more than
+# twice the standard error of the difference (which does not know that rates were chosen); it is not ahead if the other's is as
+# high or higher; else it is open.
 seeds=3 steps=200
 source "$(dirname "$0")/options.sh"
 rates="1e-4 5e-5 2.5e-5" flags="--eval-interval 25 --no-anneal-lr"
