@@ -593,9 +593,7 @@ def equal_widths(results, x):
         answers.append([family, answer])
     header = ["the other", "VACO", "their widths", "comparable", "VACO is", "VACO's lead", "by the last policy"]
     text = f"{results.at(x).capitalize()}, each rival at the width nearest to VACO's**: how far VACO's IQM is above the"
-    text += (
-        " other's, by training, and by the episodes of the last policy (seeds). The other's line is its IQM at VACO's"
-    )
+    text += " other's, by training, and by episodes of the last policy (seeds). The other's line is its IQM at VACO's"
     text += " width, read off the line through its widths"
     lines = markdown([*header, "the other's line"], rows)
     claim = markdown(["the other", "the claim is"], answers)

@@ -63,14 +63,8 @@ def table(records):
         reward, arrival, added, over, dropped = means.values()
         # The gate is the filter's; with clipped ratios it only says that the default budget was exceeded
         over = f"{over:.0%}" if method.startswith("GRPO, filter") else ""
-        row = [
-            method,
-            lag,
-            len(group),
-            f"{curves[:, 0].mean():.1f}",
-            spread(curves[:, -1]),
-            f"{curves[:, 1:].mean():.1f}",
-        ]
+        before, mean = (f"{part.mean():.1f}" for part in (curves[:, 0], curves[:, 1:]))
+        row = [method, lag, len(group), before, spread(curves[:, -1]), mean]
         rows.append([*row, f"{reward:.3f}", f"{arrival:.3f}", f"{added:.3f}", over, f"{dropped:.0%}"])
     return markdown([*columns, "over budget", "dropped"], rows)
 
@@ -105,10 +99,10 @@ def spread(values):
 
 def page(records):
     """All tables, with what they show."""
-    text = (
-        "Accuracy is of held-out problems, greedy, in %; ± of accuracies is the standard deviation over seeds. Reward,"
+    text = "Accuracy is of held-out problems, greedy, in %; ± of accuracies is the standard deviation over seeds."
+    text += (
+        " Reward, of sampled completions, and what follows are means over the batches that have the whole lag. Commits:"
     )
-    text += " of sampled completions, and what follows are means over the batches that have the whole lag. Commits:"
     text += f" {', '.join(sorted({record['commit'] for record in records}))}."
     parts = [table(records), text]
     if any(record["method"].startswith("GRPO, filter --learning-rate") for record in records):

@@ -213,7 +213,7 @@ class Runner:
     """Runs commands, each in a folder and a process group of its own, until `stop`."""
 
     def __init__(self):
-        self.processes, self.lock, self.stopped = set(), threading.Lock(), False
+        self.processes, self.lock, self.stopped = set(), threading.RLock(), False  # the lock: Ctrl-C may come twice
 
     def call(self, command, folder, output):
         """Run a Python program in a folder, its output into a file; returns the exit code."""
@@ -306,8 +306,10 @@ def main(args):
     for command in [command for command in jobs if command in known]:
         append_record(args.out, known[command] | jobs.pop(command))
     failed, runner = {}, Runner()
-    pool = ThreadPoolExecutor(args.workers)
-    try:
+    # From here on a signal ends the runs, and nothing else: an exception could be raised in a place that swallows it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: runner.stop())
+    with ThreadPoolExecutor(args.workers) as pool:
         progress = tqdm(total=len(jobs), unit="run", smoothing=0.1, desc=args.out.stem)
         futures = {pool.submit(runner.run, job): job for job in jobs.values()}
         for future in as_completed(futures):
@@ -315,6 +317,8 @@ def main(args):
             try:
                 record = job | future.result()
             except Exception as error:  # one bad run must not end the study
+                if runner.stopped:
+                    break
                 failed[shlex.join(job["command"])] = error
                 name = f"{job['method']} {job['env_id']} lag {job['lag']} seed {job['seed']}.txt"
                 log = Path(f"{args.out}.logs", re.sub(r"[^\w.-]+", "_", name))
@@ -325,11 +329,10 @@ def main(args):
             else:
                 append_record(args.out, record)
             progress.update()
-    except KeyboardInterrupt:
-        runner.stop()
         pool.shutdown(cancel_futures=True)
-        raise
     progress.close()
+    if runner.stopped:
+        raise KeyboardInterrupt
     if failed:
         names = "\n".join(f"  {command}" for command in failed)
         raise SystemExit(
