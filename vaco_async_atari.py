@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tyro==1.0.17",
-#                 "tensorboard==2.21.0"]
-# ///
 """VACO on Atari: asynchronous on-policy reinforcement learning under policy lag, in one file.
 
 "Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. What differs from
@@ -11,16 +6,13 @@ hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
 
     python vaco_async_atari.py                                    # Pong-v5, 4 actors, free running
     python vaco_async_atari.py --env-id Breakout-v5 --bf16        # bfloat16: faster on some processors
-    python vaco_async_atari.py --actor-device cuda --num-envs 64  # actors act on the GPU, too
     python vaco_async_atari.py --lag-schedule mixture --lag 8     # by one of the last 9 versions, reproducible
 
-  PolicyStore: the last versions of the policy, flat float32, in shared memory  <-- publish, once per batch --+
-        | copy one version, once per rollout                                                                  |
-        v                                                                                                     |
-  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (slot, version), through pipes ---  learner (train)
-        | fill one slot: obs, actions, logprobs, rewards, terminated, truncated, valid                        ^
-        v                                                                                                     |
-  rollouts: preallocated slots in shared memory  --- slot numbers and episode statistics, through pipes ------+
+  PolicyStore: the last versions of the policy, in shared memory  <--- publish, once per batch ---  learner (train)
+        | copy one version, once per rollout                                                         |        ^
+  actor 0 .. actor N-1: processes, one envpool each  <--- tickets (rollout, version), through pipes -+        |
+        | fill one slot: obs, actions, logprobs, rewards, terminated, truncated, valid                        |
+  rollouts: slots in shared memory  --- which are full, and episode statistics, through pipes  ---------------+
 """
 
 import contextlib
@@ -34,7 +26,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,8 +59,7 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of networks, minibatches, action noise and environments
     torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
-    cuda: bool = True  # if toggled, the learner runs on the GPU when there is one
-    actor_device: Literal["cpu", "cuda"] = "cpu"  # where actors act; on the GPU, give each more environments
+    cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
     bf16: bool = False  # if toggled, the CNN computes in bfloat16, in learner and actors; parameters stay float32
     learner_threads: int = 1  # CPU threads of the learner; where actors share its cores, with --actor-nice 19
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
@@ -78,7 +68,7 @@ class Args:
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
     actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
+    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
 
     env_id: str = "Pong-v5"  # any Atari game of envpool: Breakout-v5, MsPacman-v5, ...
@@ -119,16 +109,9 @@ class Args:
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
-            value = value.item() if isinstance(value, np.generic) else value  # a checkpoint cannot hold NumPy's
-            if int in choices and isinstance(value, float) and value.is_integer():
-                value = int(value)
-            if float in choices and type(value) is int:
-                value = float(value)
             if value not in choices and type(value) not in choices:
-                raise ValueError(f"{name}={value!r}: must be {' or '.join(str(choice) for choice in choices)}")
-            setattr(self, name, value)
+                raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             lowest = int(name.startswith(("learner_", "num_", "total_", "rollouts_", "update_")))
-            lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
             if type(value) in (int, float) and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
@@ -136,8 +119,6 @@ class Args:
         samples = self.rollouts_per_batch * self.num_steps * self.num_envs
         if samples % self.num_minibatches or samples < 4 * self.num_minibatches:
             raise ValueError(f"--num-minibatches {self.num_minibatches}: must split {samples} samples into 4s or more")
-        if self.actor_device == "cuda" and not (self.cuda and torch.cuda.is_available()):
-            raise ValueError("--actor-device cuda: needs a GPU, and not --no-cuda")
         if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
             raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
         atari_actions(self.env_id)
@@ -205,7 +186,7 @@ class CnnAgent(nn.Module):
     actors, not `trained`, keeps the CNN's parameters in bfloat16: rounded once per version, not at every step.
     """
 
-    def __init__(self, action_size, bf16=False, device="cpu", trained=True):
+    def __init__(self, action_size, bf16=False, trained=True):
         super().__init__()
         self.bf16 = bf16
         self.network = nn.Sequential(
@@ -222,7 +203,7 @@ class CnnAgent(nn.Module):
         self.actor = layer_init(nn.Linear(512, action_size), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         # Convolutions are faster where the channels of a pixel are neighbours in memory
-        self.to(device, memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
         if bf16 and not trained:
             self.network.to(torch.bfloat16)
         # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
@@ -244,8 +225,8 @@ class CnnAgent(nn.Module):
         return self.critic(self.features(obs)).squeeze(-1)
 
     def act(self, obs, greedy=False):
-        """Frames [C, 84, 84, 4] -> sampled (or the most likely) actions, their log-probabilities, [C], on the CPU."""
-        logprobs = self.actor(self.features(obs.to(self.actor.weight.device))).log_softmax(-1).cpu()
+        """Frames [C, 84, 84, 4] -> sampled (or the most likely) actions, and their log-probabilities, [C]."""
+        logprobs = self.actor(self.features(obs)).log_softmax(-1)
         actions = logprobs.argmax(-1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1)
         return actions.squeeze(-1), logprobs.gather(-1, actions).squeeze(-1)
 
@@ -423,15 +404,6 @@ def ticket(args, rollout):
     return rollout, batch - int(draw), number
 
 
-def report(target, *arguments):
-    """Call target(*arguments) in an actor process; what it raises goes as text to the last argument, its connection."""
-    try:
-        target(*arguments)
-    except Exception:
-        arguments[-1].send(traceback.format_exc())
-        sys.exit(1)
-
-
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
@@ -441,8 +413,6 @@ class Actors:
     `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
-        if mp.current_process().daemon:
-            raise RuntimeError("a daemonic process cannot start actors: use concurrent.futures.ProcessPoolExecutor")
         self.args = args
         self.num_slots = num_slots
         self.first_version = version
@@ -451,15 +421,13 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
-        self.answered = False  # whether any actor has finished a rollout
-        self.errors = []  # tracebacks of what actors raised
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
-        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
+        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
+        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -473,34 +441,25 @@ class Actors:
     def launch(self, index):
         """Start an actor, with the tickets that its predecessor has not answered."""
         self.connections[index], theirs = self.context.Pipe()
-        arguments = (self.target, self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
-        process = self.context.Process(target=report, args=arguments, name=f"actor {index}", daemon=True)
+        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
+        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
         process.start()
-        theirs.close()  # so that the pipe ends with the actor
         self.processes[index] = process
+        theirs.close()  # so that the pipe ends with the actor
         with contextlib.suppress(ConnectionError):  # if this one has died, too
             for pending in self.pending[index]:
                 self.connections[index].send(pending)
 
-    def replace(self, index, error=""):
-        """Say how an actor has died, maybe by an exception (its traceback); start its successor, or let the run end."""
-        if error:
-            self.processes[index].kill()  # it may hang at its exit
+    def replace(self, index):
+        """Say how an actor has died, and start its successor, or let the run end."""
         self.processes[index].join()
         code = self.processes[index].exitcode
         problem = f"actor {index} died with exit code {code}"
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
-        if error:
-            problem = f"actor {index}, or its environment, raised {error.splitlines()[-1]}"
-            if error not in self.errors:
-                print(error, file=sys.stderr, flush=True)
-            self.errors.append(error)
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
-        elif not self.answered and self.errors.count(error) > 1:
-            self.stop_reasons.append(f"{problem}, for the second time before any rollout was finished")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -534,13 +493,10 @@ class Actors:
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    message = ""
-                if isinstance(message, str):
-                    self.replace(index, error=message)
+                    self.replace(index)
                 else:
                     self.pending[index].popleft()
                     self.finished[message[0]] = message
-                    self.answered = True
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -552,16 +508,6 @@ class Actors:
             process.join()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def connect(args):
-    """Join the other learners, where torchrun has started several."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=args.learner_timeout)
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
-        store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
-        dist.init_process_group(store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
@@ -589,13 +535,6 @@ def keep_freed_memory():
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], which is stepped and averaged faster, and return it."""
-    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
-    nn.utils.vector_to_parameters(vector.data, agent.parameters())
-    return vector
-
-
 def gradient(minibatch_loss, agent, args, *rows):
     """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), a mean over all
     learners, no longer than args.max_grad_norm, and what is logged."""
@@ -616,7 +555,12 @@ def check_finite(place, numbers):
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
-    connect(args)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
+        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
+        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
+        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, **learners, rank=RANK)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
     name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     folder = os.path.normpath(args.resume or f"runs/{name}")
@@ -626,24 +570,25 @@ def train(args):
     if args.track and RANK == 0:
         import wandb
 
-        name = os.path.basename(folder)
-        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        run_id = os.path.basename(folder)
+        wandb.init(id=run_id, name=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.learner_threads)
     keep_freed_memory()
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and args.cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    on_gpu = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
 
     make_agent = partial(CnnAgent, atari_actions(args.env_id), args.bf16)
-    make_actor = partial(make_agent, device if args.actor_device == "cuda" else "cpu", trained=False)
+    make_actor = partial(make_agent, trained=False)
     options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
     make_envs = partial(AtariEnvs, args.env_id, args.num_envs, **options)
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = flatten(agent)
+    # The parameters become views of one vector [P], which is stepped and averaged faster
+    weights = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(weights.data, agent.parameters())
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
@@ -667,12 +612,8 @@ def train(args):
     resumed = RANK == 0 and os.path.exists(checkpoint)
     saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
-        try:
-            for name, module in modules.items():
-                module.load_state_dict(saved[name])
-        except (RuntimeError, ValueError) as error:  # other sizes, of other observations, actions or lag
-            print(f"--resume {folder}: does not fit: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
-            sys.exit(2)
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
         global_step = saved["global_step"]
         version = saved["version"]
@@ -800,8 +741,7 @@ def train(args):
             writer.close()
     if global_step < args.total_timesteps:
         with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
-            advice = f"; --resume {folder} goes on from there" if global_step else ""
-            print(f"stopped at step {global_step}{advice}", file=sys.stderr)
+            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])

@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0", "transformers==5.23.0",
-#                 "tokenizers==0.23.3", "reasoning-gym==0.1.25", "gguf==0.19.0", "accelerate==1.15.0"]
-# ///
 """VACO for language models: asynchronous GRPO on math problems, under policy lag, in one file.
 
 "Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. Actors generate with old
@@ -37,7 +32,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import zlib
 from collections import deque
 from dataclasses import dataclass
@@ -87,10 +81,10 @@ class Args:
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
     actor_timeout: float = 600.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
+    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 1800.0  # under torchrun: seconds after which a learner that does not answer ends the run
 
-    # tiny: a small Llama, warm-started on solved problems; else what transformers loads: hub id, folder, or GGUF file
+    # tiny: a small Llama, warm-started on solved problems; else what transformers loads, by its hub id or folder
     model: str = "tiny"
     warm_start_batches: int = 1000  # supervised batches of 128 solved problems that the tiny model begins with, at most
     warm_start_accuracy: float = 0.5  # it stops once this share of the last 1024 problems is solved at first sight
@@ -100,7 +94,6 @@ class Args:
     max_prompt_tokens: int = 256  # the longest prompt that a slot can hold; longer training problems are passed over
     max_new_tokens: int = 6  # where a completion is cut
     temperature: float = 1.0  # the sampling temperature: the policy is what is sampled from, in actors and learner
-    top_k: int = 0  # sample from the k most likely tokens only; 0: from all
     total_batches: int = 500  # batches to train on
     eval_interval: int = 50  # batches from one evaluation to the next
     eval_size: int = 400  # held-out problems, answered greedily; no training problem has the same question
@@ -131,18 +124,12 @@ class Args:
 
     def __post_init__(self):
         lowest = {"group_size": 2, "temperature": 0.001}
-        may_be_0 = ("seed", "actor_nice", "checkpoint_interval", "max_actor_restarts", "top_k", "lag", "warmup_batches")
+        may_be_0 = ("seed", "actor_nice", "checkpoint_interval", "max_actor_restarts", "lag", "warmup_batches")
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
-            value = value.item() if isinstance(value, np.generic) else value  # a checkpoint cannot hold NumPy's
-            if int in choices and isinstance(value, float) and value.is_integer():
-                value = int(value)
-            if float in choices and type(value) is int:
-                value = float(value)
             if value not in choices and type(value) not in choices:
-                raise ValueError(f"{name}={value!r}: must be {' or '.join(str(choice) for choice in choices)}")
-            setattr(self, name, value)
+                raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             least = lowest.get(name, int(type(value) is int and name not in may_be_0))
             if type(value) in (int, float) and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -271,7 +258,7 @@ def verify_in_time(verify, answer, entry, seconds=5):
 
 class Agent(nn.Module):
     """A causal language model and its tokenizer as a policy: it samples completions, and gives their log-probabilities,
-    both at the same temperature and with the same truncation. A completion ends with a stop token, or is cut."""
+    both at the same temperature. A completion ends with a stop token, or is cut."""
 
     def __init__(self, config, generation_config, tokenizer, args, device="cpu"):
         super().__init__()
@@ -288,9 +275,6 @@ class Agent(nn.Module):
         chats = [[*system, {"role": "user", "content": question}] for question in questions]
         settings = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
         encoded = self.tokenizer.apply_chat_template(chats, **settings)
-        known = self.model.get_input_embeddings().num_embeddings
-        if encoded["input_ids"].max() >= known:
-            sys.exit(f"--model {self.args.model}: knows {known} tokens, but its tokenizer has more and uses them")
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
     def fits(self, question):
@@ -307,7 +291,7 @@ class Agent(nn.Module):
         """Sample a completion of each prompt [S, P] with torch's global generator, or take the most likely tokens.
         Returns tokens, their log-probabilities if sampled, and mask (true up to the stop token, included), [S, L]."""
         settings = {"max_new_tokens": self.args.max_new_tokens, "do_sample": sample, "output_scores": sample}
-        settings |= {"temperature": self.args.temperature, "top_k": self.args.top_k} if sample else {}
+        settings |= {"temperature": self.args.temperature, "top_k": 0} if sample else {}
         attention = prompt_mask.long()
         output = self.model.generate(prompts, attention_mask=attention, return_dict_in_generate=True, **settings)
         tokens = output.sequences[:, prompts.shape[1] :]
@@ -328,8 +312,6 @@ class Agent(nn.Module):
         # The token at t is predicted by the logits at t - 1
         logits = self.model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
         logits = logits.float() / self.args.temperature  # [M, L, vocabulary]
-        if 0 < self.args.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(self.args.top_k).values[..., -1:], -math.inf)
         logprobs = logits.log_softmax(-1)
         entropies = torch.special.entr(logprobs.detach().exp()).sum(-1) if with_entropies else None
         return logprobs.gather(2, tokens.unsqueeze(2)).squeeze(2), entropies
@@ -354,17 +336,9 @@ def load_language_model(args, problems):
         settings |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     else:
-        source = {"pretrained_model_name_or_path": args.model}
-        if args.model.endswith(".gguf"):
-            folder, file = os.path.split(os.path.abspath(args.model))
-            source = {"pretrained_model_name_or_path": folder, "gguf_file": file}
-        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    room = getattr(config, "max_position_embeddings", None) or math.inf
-    if rope.get("rope_type") == "longrope":  # beyond it, generation and training would scale positions differently
-        room = rope.get("original_max_position_embeddings") or room
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.max_prompt_tokens + args.max_new_tokens > room:
         sys.exit(f"--max-prompt-tokens and --max-new-tokens: {args.model} has room for {room} tokens, both included")
     tokenizer.padding_side = "left"
@@ -459,11 +433,6 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
 
 
-def log_ratio(logprobs, behavior_logprobs):
-    """log pi/beta. With `--top-k`, pi may exclude a token that beta drew: its ratio, 0, has a finite log here."""
-    return (logprobs - behavior_logprobs).clamp(-20, 20)
-
-
 def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_logprobs, reference_logprobs=None):
     """Forward pass of one gradient step: M completions of a batch -> loss (scalar), {what is logged: scalar tensor}.
     All means are over the K tokens within the mask: each learner's own, of which learners have a few more or less."""
@@ -471,10 +440,11 @@ def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_lo
     mask = inputs[-1]
     newlogprobs = newlogprobs[mask]  # [K], as all that follows
     behavior_logprobs = behavior_logprobs[mask]
-    log_ratios = log_ratio(newlogprobs, behavior_logprobs)
+    log_ratios = newlogprobs - behavior_logprobs
     ratios = log_ratios.exp()  # pi/beta
     advantages = advantages.unsqueeze(1).expand_as(mask)[mask]
-    learner_ratios = log_ratio(learner_logprobs[mask], behavior_logprobs).exp()
+    learner_logprobs = learner_logprobs[mask]
+    learner_ratios = (learner_logprobs - behavior_logprobs).exp()
     anchor_ratios = learner_ratios if args.tv_anchor == "learner" else 1.0
     keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, lambda x: average(x.mean()))
     if args.objective == "vaco":
@@ -485,7 +455,7 @@ def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_lo
         proximal_ratios = ratios
         importance = 1.0
         if args.objective == "decoupled":  # clipped around the policy at arrival, weighted by it over beta: 2110.00641
-            proximal_ratios = log_ratio(newlogprobs, learner_logprobs[mask]).exp()
+            proximal_ratios = (newlogprobs - learner_logprobs).exp()
             importance = learner_ratios.clamp(max=10)
         clipped_ratios = proximal_ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         policy_loss = (importance * torch.max(-proximal_ratios * advantages, -clipped_ratios * advantages)).mean()
@@ -501,11 +471,8 @@ def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_lo
         }
     if reference_logprobs is None:
         return policy_loss, logs
-    # Where `--top-k` excludes a token, from the policy, the reference or both, KL is infinite or undefined: left out
-    reference_logprobs = reference_logprobs[mask]
-    shared = torch.isfinite(newlogprobs) & torch.isfinite(reference_logprobs)
-    to_reference = log_ratio(*(torch.where(shared, x, 0) for x in (reference_logprobs, newlogprobs)))
     # The same estimator, of KL(pi, reference), but on tokens that beta drew
+    to_reference = reference_logprobs[mask] - newlogprobs
     reference_kl = (to_reference.exp() - 1 - to_reference).mean()
     return policy_loss + args.kl_coef * reference_kl, logs | {"losses/reference_kl": reference_kl.detach()}
 
@@ -606,15 +573,6 @@ def ticket(args, rollout):
     return rollout, batch - int(draw), number
 
 
-def report(target, *arguments):
-    """Call target(*arguments) in an actor process; what it raises goes as text to the last argument, its connection."""
-    try:
-        target(*arguments)
-    except Exception:
-        arguments[-1].send(traceback.format_exc())
-        sys.exit(1)
-
-
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
@@ -624,8 +582,6 @@ class Actors:
     `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
-        if mp.current_process().daemon:
-            raise RuntimeError("a daemonic process cannot start actors: use concurrent.futures.ProcessPoolExecutor")
         self.args = args
         self.num_slots = num_slots
         self.first_version = version
@@ -634,15 +590,13 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
-        self.answered = False  # whether any actor has finished a rollout
-        self.errors = []  # tracebacks of what actors raised
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
-        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
+        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
+        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -656,34 +610,25 @@ class Actors:
     def launch(self, index):
         """Start an actor, with the tickets that its predecessor has not answered."""
         self.connections[index], theirs = self.context.Pipe()
-        arguments = (self.target, self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
-        process = self.context.Process(target=report, args=arguments, name=f"actor {index}", daemon=True)
+        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
+        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
         process.start()
-        theirs.close()  # so that the pipe ends with the actor
         self.processes[index] = process
+        theirs.close()  # so that the pipe ends with the actor
         with contextlib.suppress(ConnectionError):  # if this one has died, too
             for pending in self.pending[index]:
                 self.connections[index].send(pending)
 
-    def replace(self, index, error=""):
-        """Say how an actor has died, maybe by an exception (its traceback); start its successor, or let the run end."""
-        if error:
-            self.processes[index].kill()  # it may hang at its exit
+    def replace(self, index):
+        """Say how an actor has died, and start its successor, or let the run end."""
         self.processes[index].join()
         code = self.processes[index].exitcode
         problem = f"actor {index} died with exit code {code}"
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
-        if error:
-            problem = f"actor {index}, or its environment, raised {error.splitlines()[-1]}"
-            if error not in self.errors:
-                print(error, file=sys.stderr, flush=True)
-            self.errors.append(error)
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
-        elif not self.answered and self.errors.count(error) > 1:
-            self.stop_reasons.append(f"{problem}, for the second time before any rollout was finished")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -717,13 +662,10 @@ class Actors:
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    message = ""
-                if isinstance(message, str):
-                    self.replace(index, error=message)
+                    self.replace(index)
                 else:
                     self.pending[index].popleft()
                     self.finished[message[0]] = message
-                    self.answered = True
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -735,16 +677,6 @@ class Actors:
             process.join()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def connect(args):
-    """Join the other learners, where torchrun has started several."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=args.learner_timeout)
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
-        store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
-        dist.init_process_group(store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
@@ -773,7 +705,12 @@ def check_finite(place, numbers):
 def train(args):
     """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
     SystemExit if the run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
-    connect(args)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
+        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
+        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
+        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, **learners, rank=RANK)
     name = f"{args.task}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     folder = os.path.normpath(args.resume or f"runs/{name}")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
@@ -782,13 +719,12 @@ def train(args):
     if args.track and RANK == 0:
         import wandb
 
-        name = os.path.basename(folder)
-        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        run_id = os.path.basename(folder)
+        wandb.init(id=run_id, name=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.learner_threads)
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and args.cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    on_gpu = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
 
     problems = Problems(args)
     model, tokenizer = load_language_model(args, problems)
@@ -826,12 +762,8 @@ def train(args):
     resumed = RANK == 0 and os.path.exists(checkpoint)
     saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
-        try:
-            for name, module in modules.items():
-                module.load_state_dict(saved[name])
-        except (RuntimeError, ValueError) as error:  # other sizes, of other observations, actions or lag
-            print(f"--resume {folder}: does not fit: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
-            sys.exit(2)
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
         global_step = saved["global_step"]
         version = saved["version"]
@@ -885,7 +817,7 @@ def train(args):
             b_advantages, without_variance = group_advantages(batch["rewards"].to(device), args.group_size)  # [S]
             inputs = (b_prompts, b_prompt_mask, b_tokens, b_mask)
             b_learner_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)  # [S, L]
-            learner_ratios = log_ratio(b_learner_logprobs, b_behavior_logprobs)[b_mask].exp()  # [K], pi_T/beta
+            learner_ratios = (b_learner_logprobs - b_behavior_logprobs)[b_mask].exp()  # [K], pi_T/beta
             b_logprobs = [b_behavior_logprobs, b_learner_logprobs]
             if reference:
                 b_logprobs.append(reference.get_logprobs(args.num_minibatches, *inputs))
@@ -911,7 +843,7 @@ def train(args):
 
             # PUBLISH the next version
             final_logprobs = agent.get_logprobs(args.num_minibatches, *inputs)
-            final_ratios = log_ratio(final_logprobs, b_behavior_logprobs)[b_mask].exp()  # [K], pi/beta
+            final_ratios = (final_logprobs - b_behavior_logprobs)[b_mask].exp()  # [K], pi/beta
             means = {name: torch.stack([logs[name] for logs in minibatch_logs]).mean() for name in minibatch_logs[0]}
             check_finite(f"in batch {version}", means | agent.state_dict())
             version += 1
@@ -975,8 +907,7 @@ def train(args):
             writer.close()
     if version < args.total_batches:
         with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
-            advice = f"; --resume {folder} goes on from there" if version else ""
-            print(f"stopped at batch {version}{advice}", file=sys.stderr)
+            print(f"stopped at batch {version}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         change = f"{accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} held-out problems"

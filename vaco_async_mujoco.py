@@ -1,8 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tyro==1.0.17",
-#                 "tensorboard==2.21.0"]
-# ///
 """VACO on continuous control: asynchronous on-policy reinforcement learning under policy lag, in one file.
 
 "Align and Filter: Improving Performance in Asynchronous On-Policy RL", arXiv 2603.01365. Actors act with old versions
@@ -31,7 +26,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,7 +68,7 @@ class Args:
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
     actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 10  # actors that died or got stuck are started again, this often in total
+    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
     learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
     env_id: str = "HalfCheetah-v4"  # a continuous task of envpool or gymnasium; yours: my_module:MyEnv-v0
     total_timesteps: int = 1_000_000  # environment steps to train for
@@ -110,18 +104,10 @@ class Args:
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
-            value = value.item() if isinstance(value, np.generic) else value  # a checkpoint cannot hold NumPy's
-            if int in choices and isinstance(value, float) and value.is_integer():
-                value = int(value)
-            if float in choices and type(value) is int:
-                value = float(value)
             if value not in choices and type(value) not in choices:
-                raise ValueError(f"{name}={value!r}: must be {' or '.join(str(choice) for choice in choices)}")
-            setattr(self, name, value)
+                raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_")))
-            lowest += name == "num_steps"  # a single one could be a dummy step in all of a minibatch
-            lowest -= math.inf if name == "log_std_init" else 0
-            if type(value) in (int, float) and not value >= lowest:
+            if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
@@ -142,7 +128,6 @@ class ContinuousEnvs:
     """
 
     def __init__(self, env_id, num_envs, seed, gamma=1.0, **options):
-        gym.logger.colorize = lambda text, *_: text  # warnings may go to a file
         self.gamma = gamma
         self.valid = np.ones(num_envs, dtype=bool)
         self.discounted = np.zeros(num_envs)  # return of each episode so far: its deviation is the scale of rewards
@@ -152,16 +137,12 @@ class ContinuousEnvs:
             obs, _ = self.envs.reset()
         else:
             envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
-            envs._add_info = lambda infos, *_: infos  # nothing here needs them, and they may not fit together
-            space = envs.single_observation_space
-            if not space.is_np_flattenable or "Text(" in str(space):
-                raise ValueError(f"its observations, {space}, are no numbers of a fixed size")
             self.envs = gym.wrappers.vector.FlattenObservation(envs)
             obs, _ = self.envs.reset(seed=seed)
         self.obs = self.flatten(obs)
         self.space = self.envs.single_action_space
         if not isinstance(self.space, gym.spaces.Box) or not np.issubdtype(self.space.dtype, np.floating):
-            raise ValueError(f"its actions are {self.space}, not floating-point")
+            raise ValueError(f"its actions are {self.space}, not continuous")
         bounded = np.isfinite(self.space.low) & np.isfinite(self.space.high)
         self.low = np.where(bounded, self.space.low, -1)  # where actions of -1 and 1 are
         self.high = np.where(bounded, self.space.high, 1)
@@ -191,18 +172,11 @@ class ContinuousEnvs:
 @cache
 def continuous_sizes(env_id):
     """(observation size, action size) of a task. Raises ValueError, with the reason, if it cannot be trained on."""
-    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id)
-    newest = max((known for known in envpool.list_all_envs() if known.startswith(f"{name}-v")), default="")
     try:
-        if newest and env_id == name:
-            raise ValueError("has no version, and gymnasium would take its own simulator")
         envs = ContinuousEnvs(env_id, num_envs=1, seed=0)
     except Exception as error:  # whatever its constructor raises
-        advice = f"envpool has {newest}" if newest else "yours: my_module:MyEnv-v0, without .py"
-        if newest and isinstance(envpool.make_spec(newest).action_space, gym.spaces.Discrete):
-            advice += ", a game: see vaco_async_atari.py"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"--env-id {env_id} cannot be used: {reason} ({advice})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--env-id {env_id} cannot be used: {type(error).__name__}: {reason}") from None
     return envs.obs.shape[1], math.prod(envs.space.shape)
 
 
@@ -238,14 +212,13 @@ class MlpAgent(nn.Module):
     @torch.no_grad()
     def set_statistics(self, mean, std, first):
         """Change the observation statistics [D], and the first layers so that the networks compute what they did: else
-        every batch would move the policy without a gradient. It still moves with the `first` ones, which replace none;
-        in a dimension whose deviation changes by a factor of two or more, which was hardly known; and where it clamps.
-        """
+        every batch would move the policy without a gradient. Only the `first` statistics may move it, and those of a
+        dimension whose deviation changes by a factor of two or more: they were hardly known."""
         mean = torch.as_tensor(mean).to(self.obs_mean)
         std = torch.as_tensor(std).to(self.obs_std)
         growth = std / self.obs_std
         known = (growth > 0.5) & (growth < 2) & (not first)
-        for layer, *_ in (self.critic, self.actor_mean):
+        for layer in (self.critic[0], self.actor_mean[0]):
             layer.bias += average(layer.weight @ torch.where(known, (mean - self.obs_mean) / self.obs_std, 0))
             layer.weight *= torch.where(known, growth, 1)
         self.obs_mean.copy_(mean)
@@ -438,15 +411,6 @@ def ticket(args, rollout):
     return rollout, batch - int(draw), number
 
 
-def report(target, *arguments):
-    """Call target(*arguments) in an actor process; what it raises goes as text to the last argument, its connection."""
-    try:
-        target(*arguments)
-    except Exception:
-        arguments[-1].send(traceback.format_exc())
-        sys.exit(1)
-
-
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
@@ -456,8 +420,6 @@ class Actors:
     `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
-        if mp.current_process().daemon:
-            raise RuntimeError("a daemonic process cannot start actors: use concurrent.futures.ProcessPoolExecutor")
         self.args = args
         self.num_slots = num_slots
         self.first_version = version
@@ -466,15 +428,13 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
-        self.answered = False  # whether any actor has finished a rollout
-        self.errors = []  # tracebacks of what actors raised
         self.restarts = 0
         self.stop_reasons = []
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
-        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
+        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
+        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -488,34 +448,25 @@ class Actors:
     def launch(self, index):
         """Start an actor, with the tickets that its predecessor has not answered."""
         self.connections[index], theirs = self.context.Pipe()
-        arguments = (self.target, self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
-        process = self.context.Process(target=report, args=arguments, name=f"actor {index}", daemon=True)
+        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
+        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
         process.start()
-        theirs.close()  # so that the pipe ends with the actor
         self.processes[index] = process
+        theirs.close()  # so that the pipe ends with the actor
         with contextlib.suppress(ConnectionError):  # if this one has died, too
             for pending in self.pending[index]:
                 self.connections[index].send(pending)
 
-    def replace(self, index, error=""):
-        """Say how an actor has died, maybe by an exception (its traceback); start its successor, or let the run end."""
-        if error:
-            self.processes[index].kill()  # it may hang at its exit
+    def replace(self, index):
+        """Say how an actor has died, and start its successor, or let the run end."""
         self.processes[index].join()
         code = self.processes[index].exitcode
         problem = f"actor {index} died with exit code {code}"
         if code == -signal.SIGALRM:
             problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
-        if error:
-            problem = f"actor {index}, or its environment, raised {error.splitlines()[-1]}"
-            if error not in self.errors:
-                print(error, file=sys.stderr, flush=True)
-            self.errors.append(error)
         self.restarts += 1
         if self.restarts > self.args.max_actor_restarts:
             self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
-        elif not self.answered and self.errors.count(error) > 1:
-            self.stop_reasons.append(f"{problem}, for the second time before any rollout was finished")
         else:
             print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
             self.launch(index)
@@ -549,13 +500,10 @@ class Actors:
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    message = ""
-                if isinstance(message, str):
-                    self.replace(index, error=message)
+                    self.replace(index)
                 else:
                     self.pending[index].popleft()
                     self.finished[message[0]] = message
-                    self.answered = True
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -567,16 +515,6 @@ class Actors:
             process.join()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def connect(args):
-    """Join the other learners, where torchrun has started several."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=args.learner_timeout)
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
-        store = dist.TCPStore(host, port, WORLD_SIZE, is_master=RANK == 0, timeout=timeout)
-        dist.init_process_group(store=store, timeout=timeout, world_size=WORLD_SIZE, rank=RANK)
 
 
 def gather(value):
@@ -593,13 +531,6 @@ def average(tensor):
         dist.all_reduce(tensor)
         tensor /= WORLD_SIZE
     return tensor
-
-
-def flatten(agent):
-    """Make the parameters of an agent views of one vector [P], which is stepped and averaged faster, and return it."""
-    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
-    nn.utils.vector_to_parameters(vector.data, agent.parameters())
-    return vector
 
 
 def gradient(minibatch_loss, agent, args, *rows):
@@ -629,7 +560,12 @@ def check_finite(place, numbers):
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
-    connect(args)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
+        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
+        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
+        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, **learners, rank=RANK)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
     name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     folder = os.path.normpath(args.resume or f"runs/{name}")
@@ -639,13 +575,12 @@ def train(args):
     if args.track and RANK == 0:
         import wandb
 
-        name = os.path.basename(folder)
-        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        run_id = os.path.basename(folder)
+        wandb.init(id=run_id, name=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the networks are small: a second thread would take a core from the actors
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and args.cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    on_gpu = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
 
     obs_size, action_size = continuous_sizes(args.env_id)
     make_agent = partial(MlpAgent, obs_size, action_size, args.log_std_init)
@@ -653,7 +588,9 @@ def train(args):
     agent = make_agent()
     agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
     agent.to(device)
-    weights = flatten(agent)
+    # The parameters become views of one vector [P], which is stepped and averaged faster
+    weights = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(weights.data, agent.parameters())
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     compute_gradient = gradient
     if args.compile:
@@ -683,12 +620,8 @@ def train(args):
     resumed = RANK == 0 and os.path.exists(checkpoint)
     saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
     if saved:
-        try:
-            for name, module in modules.items():
-                module.load_state_dict(saved[name])
-        except (RuntimeError, ValueError) as error:  # other sizes, of other observations, actions or lag
-            print(f"--resume {folder}: does not fit: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
-            sys.exit(2)
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
         for name, moments in statistics.items():
             vars(moments).update({moment: np.asarray(value) for moment, value in saved[name].items()})
         torch.set_rng_state(saved["rng"])
@@ -825,8 +758,7 @@ def train(args):
             writer.close()
     if global_step < args.total_timesteps:
         with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
-            advice = f"; --resume {folder} goes on from there" if global_step else ""
-            print(f"stopped at step {global_step}{advice}", file=sys.stderr)
+            print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
         sys.exit(stop_reasons[0])
     if RANK == 0:
         recent = np.mean(last_returns or [math.nan])

@@ -29,7 +29,7 @@ ATARI = "--num-actors 2 --num-envs 4 --num-steps 64 --rollouts-per-batch 4 --tot
 TINY = "--total-batches 12 --warm-start-batches 150 --eval-interval 6 --eval-size 64 --learning-rate 3e-4"
 LAGGED = "--lag-schedule mixture --lag 4"
 LOCKSTEP = (LAGGED, "--lag-schedule fixed --lag 0")
-OBJECTIVES = ("clip", "kl", "spo", "decoupled")
+OBJECTIVES = ("clip", "kl", "spo", "decoupled", "stop", "clip --align", "geppo --align")
 RUNS = [
     *(f"vaco_async_mujoco.py {SMALL} {lag}" for lag in LOCKSTEP),
     f"vaco_async_mujoco.py {SMALL} {LAGGED} --env-id Hopper-v4 --tv-anchor learner --tv-threshold 0.05",
@@ -40,7 +40,7 @@ RUNS = [
     *(f"impala_baseline.py {SMALL} {lag} --num-minibatches 4" for lag in LOCKSTEP),
     f"impala_baseline.py {SMALL} {LAGGED} --num-minibatches 4 --env-id Hopper-v4 --sum-loss True",
     *(f"vaco_async_llm.py {TINY} {lag}" for lag in LOCKSTEP),
-    f"vaco_async_llm.py {TINY} {LAGGED} --objective grpo --kl-coef 0.05 --top-k 5 --num-actors 2",
+    f"vaco_async_llm.py {TINY} {LAGGED} --objective grpo --kl-coef 0.05 --num-actors 2",
     f"vaco_async_llm.py {TINY} {LAGGED} --tv-anchor behavior --rollouts-per-batch 2 --prompts-per-rollout 32",
     *(f"vaco_async_atari.py {ATARI} {lag}" for lag in LOCKSTEP),
     f"vaco_async_atari.py {ATARI} {LAGGED} --env-id Breakout-v5 --bf16 --total-timesteps 4000",

@@ -24,22 +24,6 @@ class Scaled(gym.Env):
         return np.float32(self.obs_scale * self.place), -self.reward_scale * np.abs(self.place).sum(), False, False, {}
 
 
-class Growing(Scaled):
-    """Its info has an array of another length at every step, and its flags are no bools."""
-
-    length = 0
-
-    def step(self, action):
-        obs, reward, *_ = super().step(action)
-        self.length += 1
-        return obs, reward, None, 0, {"contacts": np.zeros(self.length)}
-
-
-class Raising(Scaled):
-    def step(self, action):
-        raise RuntimeError("no such joint")
-
-
 class Unmade(Scaled):
     def __init__(self):
         raise RuntimeError("licence server\ndoes not answer")
@@ -62,7 +46,4 @@ class Sampled(Scaled):
 gym.register("Plain-v0", Scaled, max_episode_steps=20)
 gym.register("Huge-v0", Scaled, max_episode_steps=20, kwargs={"obs_scale": 3e38})
 gym.register("Micro-v0", Scaled, max_episode_steps=20, kwargs={"reward_scale": 2.0**-20})
-gym.register("Growing-v0", Growing, max_episode_steps=20)
-gym.register("Raising-v0", Raising)
 gym.register("Unmade-v0", Unmade)
-gym.register("Texts-v0", Sampled, kwargs={"space": gym.spaces.Text(5)})

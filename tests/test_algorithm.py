@@ -10,7 +10,7 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vaco_async_mujoco import Args, MlpAgent, flatten, gradient, tv_filter, vaco_minibatch, vtrace
+from vaco_async_mujoco import Args, MlpAgent, gradient, tv_filter, vaco_minibatch, vtrace
 
 
 def make_columns(seed, steps=12, num_envs=4, done_rate=0.25):
@@ -275,7 +275,8 @@ def test_one_vector_of_parameters_is_as_good_as_many(largest):
     torch.manual_seed(0)
     agent, obs, actions = MlpAgent(7, 2), torch.randn(5, 7), torch.randn(5, 2)
     apart = deepcopy(agent)
-    vector = flatten(agent)
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    nn.utils.vector_to_parameters(vector.data, agent.parameters())
     pairs = list(zip(agent.parameters(), apart.parameters(), strict=True))
     assert all(torch.equal(one, other) for one, other in pairs)
 

@@ -436,7 +436,6 @@ BAD = [
     ({"repeat_action_probability": -0.5}, "--repeat-action-probability -0.5"),
     ({"lag": 3}, "--lag 3"),
     ({"num_minibatches": 3}, "--num-minibatches 3"),
-    ({"actor_device": "cuda", "cuda": False}, "--actor-device cuda"),
 ]
 
 

@@ -152,11 +152,10 @@ class Failing(ContinuousEnvs):
 
 def test_actors_that_fail_again_and_again_end_the_run_with_a_checkpoint(monkeypatch, capfd):
     monkeypatch.setattr(vaco_async_mujoco, "ContinuousEnvs", Failing)
-    with pytest.raises(
-        SystemExit, match=r"raised ValueError: the simulator exploded; --max-actor-restarts allows no more"
-    ):
+    with pytest.raises(SystemExit, match=r"actor \d died with exit code 1; --max-actor-restarts allows no more"):
         train(replace(SMALL, total_timesteps=10**7, max_actor_restarts=3))
     errors = capfd.readouterr().err
+    assert errors.count("ValueError: the simulator exploded\n") >= 4
     assert len(re.findall(r"restart \d\n", errors)) == 3 and "--resume runs/" in errors
     assert not mp.active_children()
     (run,) = Path("runs").iterdir()
@@ -269,18 +268,6 @@ def test_a_run_goes_on_with_other_flags_and_its_complete_one_ends_at_once():
     assert not same(saved["agent"], later["agent"])
     train(args)
     assert same(later["agent"], saved_in_the_run()["agent"])
-
-
-def test_what_a_run_cannot_go_on_with_is_one_line(capsys):
-    """Another environment, whose observations and actions have other sizes, or more lag than versions were kept for."""
-    train(replace(SMALL, total_timesteps=300))
-    (run,) = Path("runs").iterdir()
-    for changes in ({"env_id": "Hopper-v4"}, {"lag": 9}):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            train(replace(SMALL, resume=str(run), **changes))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert caught.value.code == 2 and line.startswith("--resume") and "size mismatch" in line
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(monkeypatch):
