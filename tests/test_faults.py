@@ -155,7 +155,6 @@ def test_actors_that_fail_again_and_again_end_the_run_with_a_checkpoint(monkeypa
     with pytest.raises(SystemExit, match=r"actor \d died with exit code 1; --max-actor-restarts allows no more"):
         train(replace(SMALL, total_timesteps=10**7, max_actor_restarts=3))
     errors = capfd.readouterr().err
-    assert errors.count("ValueError: the simulator exploded\n") >= 4
     assert len(re.findall(r"restart \d\n", errors)) == 3 and "--resume runs/" in errors
     assert not mp.active_children()
     (run,) = Path("runs").iterdir()
