@@ -23,7 +23,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from multiprocessing.connection import wait
 from typing import Literal, get_args, get_type_hints
@@ -50,7 +49,6 @@ CHARTS = {  # under "Custom scalars" in TensorBoard
     "share of time spent waiting": ["stats/learner_wait", "stats/actor_wait"],
 }
 
-
 # The flags that None leaves to the domain: CleanRL's PPO, but for MuJoCo's 16 environments of 128 steps, not 1 of 2048
 DEFAULTS = {  # flag: (continuous control, Atari)
     "total_timesteps": (1_000_000, 10_000_000),
@@ -76,10 +74,9 @@ class Args:
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
-    resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
+    resume: str = ""  # the folder of a run to go on with; its flags are kept, except those given again
     actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
-    learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
+    max_actor_restarts: int = 10  # how many dead or stuck actors are replaced in a run; one more ends it
 
     # a continuous task of envpool or gymnasium (yours: my_module:MyEnv-v0), or an Atari game of envpool (Pong-v5, ...)
     env_id: str = "HalfCheetah-v4"
@@ -117,10 +114,8 @@ class Args:
     tv_threshold: float | None = None  # stop: the budget on 1/2 mean |pi/beta - 1|, as VACO's
     target_kl: float | None = None  # any objective: no further pass once KL(beta, pi), backward lag and all, is over it
     kl_target: float = 0.03  # kl: what KL(beta, pi) per batch is steered to; a Gaussian TV of 0.1 is a KL of 0.032
-    kl_coef: float = 1.0  # kl: the penalty's coefficient b at the start; it stays between 1e-4 and 1e4
-    adapt_kl: bool = True  # kl: if toggled, b is doubled and halved to follow kl_target
+    kl_coef: float = 1.0  # kl: the penalty's coefficient b at the start; doubled and halved, it follows kl_target
     spo_eps: float = 0.2  # spo: the surrogate of a sample is largest at a ratio of 1 + sign(A) spo_eps
-    max_importance: float = 10.0  # decoupled: upper bound of the importance weight pi_T/beta
 
     def __post_init__(self):
         atari = is_atari(self.env_id)
@@ -130,9 +125,13 @@ class Args:
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
+            if float in choices and type(value) is int:
+                value = float(value)
+                setattr(self, name, value)
             if value not in choices and type(value) not in choices:
                 raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_", "learner_")))
+            lowest += name == "num_steps"  # else all rows of a minibatch could be dummy steps
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
@@ -153,8 +152,7 @@ class ContinuousEnvs:
 
     `obs` [C, D], float32, are the observations now, dicts flattened. Both libraries reset on the *next* step: the last
     observation of an episode is the true one, and the step after it ignores the action and returns the first of the
-    next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one.
-    """
+    next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one."""
 
     def __init__(self, env_id, num_envs, seed, gamma=1.0, **options):
         self.gamma = gamma
@@ -204,8 +202,7 @@ class AtariEnvs:
     `obs` [C, 84, 84, 4], uint8, are the last 4 grey frames. envpool resets on the *next* step, which is a dummy: see
     `valid` [C]. With episodic_life a lost life is a terminated step for the learner, while `totals` are of whole games,
     in raw score. All else is envpool's default and the usual one: 4 frames per step, minimal action set, games cut
-    after 27000 steps, up to 30 no-ops and fire at the start (with episodic_life after a lost life, too).
-    """
+    after 27000 steps, up to 30 no-ops and fire at the start (with episodic_life after a lost life, too)."""
 
     def __init__(self, env_id, num_envs, seed, **options):
         self.valid = np.ones(num_envs, dtype=bool)
@@ -280,9 +277,9 @@ class MlpAgent(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean, std, first):
-        """Change the observation statistics [D], and the first layers so that the networks compute what they did: else
-        every batch would move the policy without a gradient. Only the `first` statistics may move it, and those of a
-        dimension whose deviation changes by a factor of two or more: they were hardly known."""
+        """Replace the observation statistics [D], and change the first layers so that the networks compute the same:
+        otherwise every batch would move the policy without a gradient. What is not made up for: the `first` statistics,
+        a dimension whose deviation changes by a factor of two or more, as it was hardly known, and clamping."""
         mean = torch.as_tensor(mean).to(self.obs_mean)
         std = torch.as_tensor(std).to(self.obs_std)
         growth = std / self.obs_std
@@ -317,10 +314,9 @@ class MlpAgent(nn.Module):
 class CnnAgent(nn.Module):
     """Categorical policy and critic on one Nature CNN (doi 10.1038/nature14236), for stacks of frames [..., 84, 84, 4].
 
-    With `bf16` the CNN computes in bfloat16, wherever the agent runs: if only the learner did, its rounding would pass
-    for policy lag. Parameters, the two heads, probabilities and losses are float32 always, but that an agent made for
-    actors, not `trained`, keeps the CNN's parameters in bfloat16: rounded once per version, not at every step.
-    """
+    With `bf16` the CNN computes in bfloat16 in learner and actors alike: in the learner alone, its rounding would look
+    like policy lag. All else is float32, except that an actor's copy, which is not `trained`, keeps the weights of the
+    CNN in bfloat16: they are rounded once per version, not at every step."""
 
     def __init__(self, action_size, bf16=False, trained=True):
         super().__init__()
@@ -387,8 +383,7 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
     per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
     Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
     with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
-    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
-    """
+    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N]."""
     rhos = log_ratios.exp()
     discounts = gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -424,7 +419,7 @@ def ppo_minibatch(agent, args, kl_coef, advantages, obs, actions, behavior_logpr
         deviations = ratios - learner_ratios
     elif args.objective == "decoupled":  # arXiv 2110.00641
         proximal_ratios = (log_ratios - learner_log_ratios).exp()  # [M], pi/pi_T
-        importance = learner_ratios.clamp(max=args.max_importance)
+        importance = learner_ratios.clamp(max=10)
         policy_loss = (importance * clip_loss(proximal_ratios, advantages, args.clip_coef)).mean()
         deviations = proximal_ratios - 1
     elif args.objective == "kl":  # PPO-KL, arXiv 1707.06347, eq. 8: the second part estimates KL(beta, pi)
@@ -454,8 +449,7 @@ class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
     One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
-    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
-    """
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order)."""
 
     def __init__(self, agent, num_versions):
         super().__init__()
@@ -472,7 +466,7 @@ class PolicyStore(nn.Module):
         self.versions[row] = version
 
     def load(self, agent, version):
-        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        """Copy a version, which must be among the last ones, or the LATEST into the agent; returns its number."""
         while True:
             wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
@@ -480,8 +474,6 @@ class PolicyStore(nn.Module):
             weights = self.rows[row].clone()
             if whole and self.versions[row].item() == wanted:
                 break
-            if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
         for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -531,8 +523,8 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
 
 def ticket(args, rollout):
     """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
-    what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
-    over the versions that exist."""
+    what makes the lag schedule. `mixture` draws by seed and number alone, in the first batches among the versions that
+    exist so far."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
@@ -549,7 +541,7 @@ class Actors:
     Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
     free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
     slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
-    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
+    `stop_reasons` says why the run must end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
@@ -565,8 +557,8 @@ class Actors:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
-        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
+        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -702,14 +694,13 @@ def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
-        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
-        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
-        dist.init_process_group(store=learner_store, **learners, rank=RANK)
+        # Not torchrun's own store: after a restart, that one still has the addresses of the learners before
+        port = int(os.environ["MASTER_PORT"]) + 1
+        learner_store = dist.TCPStore(os.environ["MASTER_ADDR"], port, WORLD_SIZE, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, world_size=WORLD_SIZE, rank=RANK)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
-    folder = os.path.normpath(args.resume or f"runs/{name}")
+    new_folder = f"runs/{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or new_folder)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
@@ -878,7 +869,7 @@ def train(args):
                 final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
             final_ratios = final_log_ratios.exp()
             used_kl_coef = kl_coef.item()
-            if args.objective == "kl" and args.adapt_kl:  # arXiv 1707.06347, section 4
+            if args.objective == "kl":  # arXiv 1707.06347, section 4
                 kl = average((final_ratios - 1 - final_log_ratios).mean()).item()
                 if kl > 1.5 * args.kl_target:
                     kl_coef *= 2
@@ -955,12 +946,9 @@ def train(args):
 
 
 if __name__ == "__main__":
-    # Whole numbers may be written as 1e6
-    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
-    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
-    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    resume = re.search(r"--resume[ =](\S+)", " ".join(sys.argv))
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
         saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
         options["default"] = Args(**saved["args"])
-    train(tyro.cli(Args, description=__doc__, args=words, **options))
+    train(tyro.cli(Args, description=__doc__, **options))

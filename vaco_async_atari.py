@@ -28,7 +28,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Literal, get_args, get_type_hints
@@ -66,10 +65,9 @@ class Args:
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
-    resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
+    resume: str = ""  # the folder of a run to go on with; its flags are kept, except those given again
     actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
-    learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
+    max_actor_restarts: int = 10  # how many dead or stuck actors are replaced in a run; one more ends it
 
     env_id: str = "Pong-v5"  # any Atari game of envpool: Breakout-v5, MsPacman-v5, ...
     total_timesteps: int = 10_000_000  # environment steps to train for; one is 4 frames
@@ -109,6 +107,9 @@ class Args:
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
+            if float in choices and type(value) is int:
+                value = float(value)
+                setattr(self, name, value)
             if value not in choices and type(value) not in choices:
                 raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             lowest = int(name.startswith(("learner_", "num_", "total_", "rollouts_", "update_")))
@@ -130,8 +131,7 @@ class AtariEnvs:
     `obs` [C, 84, 84, 4], uint8, are the last 4 grey frames. envpool resets on the *next* step, which is a dummy: see
     `valid` [C]. With episodic_life a lost life is a terminated step for the learner, while `totals` are of whole games,
     in raw score. All else is envpool's default and the usual one: 4 frames per step, minimal action set, games cut
-    after 27000 steps, up to 30 no-ops and fire at the start (with episodic_life after a lost life, too).
-    """
+    after 27000 steps, up to 30 no-ops and fire at the start (with episodic_life after a lost life, too)."""
 
     def __init__(self, env_id, num_envs, seed, **options):
         self.valid = np.ones(num_envs, dtype=bool)
@@ -167,8 +167,7 @@ def is_atari(env_id):
 def atari_actions(env_id):
     """The number of actions of an Atari game. Raises ValueError if envpool has no such game."""
     if not is_atari(env_id):
-        name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id) + "-v5"
-        raise ValueError(f"--env-id {env_id}: no Atari game of envpool, use {name if is_atari(name) else 'Pong-v5'}")
+        raise ValueError(f"--env-id {env_id}: is no Atari game of envpool, such as Pong-v5")
     return int(envpool.make_spec(env_id).action_space.n)
 
 
@@ -181,10 +180,9 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class CnnAgent(nn.Module):
     """Categorical policy and critic on one Nature CNN (doi 10.1038/nature14236), for stacks of frames [..., 84, 84, 4].
 
-    With `bf16` the CNN computes in bfloat16, wherever the agent runs: if only the learner did, its rounding would pass
-    for policy lag. Parameters, the two heads, probabilities and losses are float32 always, but that an agent made for
-    actors, not `trained`, keeps the CNN's parameters in bfloat16: rounded once per version, not at every step.
-    """
+    With `bf16` the CNN computes in bfloat16 in learner and actors alike: in the learner alone, its rounding would look
+    like policy lag. All else is float32, except that an actor's copy, which is not `trained`, keeps the weights of the
+    CNN in bfloat16: they are rounded once per version, not at every step."""
 
     def __init__(self, action_size, bf16=False, trained=True):
         super().__init__()
@@ -251,8 +249,7 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
     per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
     Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
     with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
-    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
-    """
+    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N]."""
     rhos = log_ratios.exp()
     discounts = gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -275,8 +272,7 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
-    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
-    """
+    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor."""
     deviations = ratios - anchor_ratios
     tv = 0.5 * mean(deviations.abs())
     return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
@@ -315,8 +311,7 @@ class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
     One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
-    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
-    """
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order)."""
 
     def __init__(self, agent, num_versions):
         super().__init__()
@@ -333,7 +328,7 @@ class PolicyStore(nn.Module):
         self.versions[row] = version
 
     def load(self, agent, version):
-        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        """Copy a version, which must be among the last ones, or the LATEST into the agent; returns its number."""
         while True:
             wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
@@ -341,8 +336,6 @@ class PolicyStore(nn.Module):
             weights = self.rows[row].clone()
             if whole and self.versions[row].item() == wanted:
                 break
-            if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
         for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -392,8 +385,8 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
 
 def ticket(args, rollout):
     """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
-    what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
-    over the versions that exist."""
+    what makes the lag schedule. `mixture` draws by seed and number alone, in the first batches among the versions that
+    exist so far."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
@@ -410,7 +403,7 @@ class Actors:
     Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
     free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
     slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
-    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
+    `stop_reasons` says why the run must end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
@@ -426,8 +419,8 @@ class Actors:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
-        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
+        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -556,14 +549,13 @@ def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
-        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
-        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
-        dist.init_process_group(store=learner_store, **learners, rank=RANK)
+        # Not torchrun's own store: after a restart, that one still has the addresses of the learners before
+        port = int(os.environ["MASTER_PORT"]) + 1
+        learner_store = dist.TCPStore(os.environ["MASTER_ADDR"], port, WORLD_SIZE, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, world_size=WORLD_SIZE, rank=RANK)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
-    folder = os.path.normpath(args.resume or f"runs/{name}")
+    new_folder = f"runs/{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or new_folder)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
@@ -755,12 +747,9 @@ def train(args):
 
 
 if __name__ == "__main__":
-    # Whole numbers may be written as 1e6
-    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
-    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
-    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    resume = re.search(r"--resume[ =](\S+)", " ".join(sys.argv))
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
         saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
         options["default"] = Args(**saved["args"])
-    train(tyro.cli(Args, description=__doc__, args=words, **options))
+    train(tyro.cli(Args, description=__doc__, **options))

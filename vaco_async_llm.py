@@ -11,13 +11,11 @@ better here than the one that generated (beta), the other scripts' default.
     python vaco_async_llm.py --lag-schedule fixed --lag 4  # by the model of 4 batches ago
     python vaco_async_llm.py --model ID_OR_FOLDER ...      # its flags: docs/language-models.md
 
-  PolicyStore: the last versions of the model, flat float32, in shared memory  <-- publish, once per batch ---+
-        | copy one version, once per rollout                                                                  |
-        v                                                                                                     |
-  actor 0 .. actor N-1: generate and score  <--- tickets (slot, version), through pipes ---  learner (train) -+
-        | fill one slot: prompts, completions, log-probs, masks, rewards                         ^
-        v                                                                                        |
-  completions: preallocated slots in shared memory  --- slot numbers, through pipes -------------+
+  PolicyStore: the last versions of the model, in shared memory  <--- publish, once per batch ---  learner (train)
+        | copy one version, once per rollout                                                        |        ^
+  actor 0 .. actor N-1: generate and score  <--- tickets (rollout, version, number), through pipes -+        |
+        | fill one slot: prompts, completions, log-probabilities, masks, rewards                             |
+  completions: slots in shared memory  --- which are full, through pipes  -----------------------------------+
 """
 
 import contextlib
@@ -35,7 +33,6 @@ import time
 import zlib
 from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from decimal import Decimal
 from functools import cache, cached_property, partial
 from multiprocessing.connection import wait
@@ -79,10 +76,9 @@ class Args:
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its model as transformers does: runs/{run}/model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
-    resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
+    resume: str = ""  # the folder of a run to go on with; its flags are kept, except those given again
     actor_timeout: float = 600.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
-    learner_timeout: float = 1800.0  # under torchrun: seconds after which a learner that does not answer ends the run
+    max_actor_restarts: int = 10  # how many dead or stuck actors are replaced in a run; one more ends it
 
     # tiny: a small Llama, warm-started on solved problems; else what transformers loads, by its hub id or folder
     model: str = "tiny"
@@ -128,6 +124,9 @@ class Args:
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
+            if float in choices and type(value) is int:
+                value = float(value)
+                setattr(self, name, value)
             if value not in choices and type(value) not in choices:
                 raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             least = lowest.get(name, int(type(value) is int and name not in may_be_0))
@@ -153,7 +152,7 @@ def make_problems(task, task_config, seed):
     options = {"size": NUM_PROBLEMS}
     if task == "chain_sum":
         options |= {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-    elif task in ("acre", "word_ladder"):  # the one makes all at once, and that takes long, the other takes no more
+    elif task in ("acre", "word_ladder"):  # acre makes all at once, which takes long; word_ladder takes no more
         options["size"] = 20000
     try:
         return reasoning_gym.create_dataset(task, seed=seed, **options | json.loads(task_config or "{}"))
@@ -162,7 +161,8 @@ def make_problems(task, task_config, seed):
 
 
 def held_out(question):
-    """Whether a question is kept for evaluation: a quarter is, by a checksum of its signed words in whatever order."""
+    """Whether a question is kept for evaluation. A quarter is, by a checksum of its words with their signs, sorted: so
+    8 + 7 and 7 + 8 are kept together."""
     words = sorted(re.findall(r"(-?)\s*(\w+)", question))
     return zlib.crc32(repr(words).encode()) % 4 == 0
 
@@ -172,8 +172,7 @@ class Problems:
 
     An entry is a dict with `question` and `answer`. Of a procedural task a quarter is held out, together with what has
     the same terms in another order: none of it is trained on, and the test problems, the same for all `--seed`s, are of
-    it, each once.
-    """
+    it, each once."""
 
     def __init__(self, args):
         self.args = args
@@ -205,7 +204,7 @@ class Problems:
         return list(found.values())
 
     def find(self, number, fits=lambda question: True):
-        """A training problem, by its number from 0 on; another one in place of what is held out, or does not fit."""
+        """The training problem of a number; if that one is held out or does not fit, another in its place."""
         for _ in range(1000):
             entry = self.train[number % len(self.train)]
             if not self.held_out(entry["question"]) and fits(entry["question"]):
@@ -230,8 +229,8 @@ class Problems:
 
 
 def last_number(text):
-    """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250". What an
-    expression ends with is none, because it is not its value: "15/5" -> ""."""
+    """The last number of a text, without thousands separators, "" if there is none: "#### 1,250" -> "1250". A number at
+    the end of an expression does not count, because it is not the expression's value: "15/5" -> ""."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\N{MINUS SIGN}", "-"))
     operator = r"((?<=[\d)])[ \t]*[-+*/^][ \t]*)?"
     numbers = re.findall(operator + r"(-?[ \t]?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE]-?\d+)?)", text)
@@ -291,6 +290,7 @@ class Agent(nn.Module):
         """Sample a completion of each prompt [S, P] with torch's global generator, or take the most likely tokens.
         Returns tokens, their log-probabilities if sampled, and mask (true up to the stop token, included), [S, L]."""
         settings = {"max_new_tokens": self.args.max_new_tokens, "do_sample": sample, "output_scores": sample}
+        # Without `top_k`, transformers would sample from the 50 most likely tokens alone
         settings |= {"temperature": self.args.temperature, "top_k": 0} if sample else {}
         attention = prompt_mask.long()
         output = self.model.generate(prompts, attention_mask=attention, return_dict_in_generate=True, **settings)
@@ -426,8 +426,7 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
-    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
-    """
+    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor."""
     deviations = ratios - anchor_ratios
     tv = 0.5 * mean(deviations.abs())
     return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
@@ -481,8 +480,7 @@ class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
     One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
-    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
-    """
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order)."""
 
     def __init__(self, agent, num_versions):
         super().__init__()
@@ -499,7 +497,7 @@ class PolicyStore(nn.Module):
         self.versions[row] = version
 
     def load(self, agent, version):
-        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        """Copy a version, which must be among the last ones, or the LATEST into the agent; returns its number."""
         while True:
             wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
@@ -507,8 +505,6 @@ class PolicyStore(nn.Module):
             weights = self.rows[row].clone()
             if whole and self.versions[row].item() == wanted:
                 break
-            if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
         for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -561,8 +557,8 @@ def generate_rollout(args, agent, problems, number, out):
 
 def ticket(args, rollout):
     """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
-    what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
-    over the versions that exist."""
+    what makes the lag schedule. `mixture` draws by seed and number alone, in the first batches among the versions that
+    exist so far."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
@@ -579,7 +575,7 @@ class Actors:
     Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
     free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
     slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
-    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
+    `stop_reasons` says why the run must end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
@@ -595,8 +591,8 @@ class Actors:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
-        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
+        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -706,13 +702,12 @@ def train(args):
     """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
     SystemExit if the run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
-        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
-        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
-        dist.init_process_group(store=learner_store, **learners, rank=RANK)
-    name = f"{args.task}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
-    folder = os.path.normpath(args.resume or f"runs/{name}")
+        # Not torchrun's own store: after a restart, that one still has the addresses of the learners before
+        port = int(os.environ["MASTER_PORT"]) + 1
+        learner_store = dist.TCPStore(os.environ["MASTER_ADDR"], port, WORLD_SIZE, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, world_size=WORLD_SIZE, rank=RANK)
+    new_folder = f"runs/{args.task}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or new_folder)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
@@ -922,12 +917,9 @@ def train(args):
 
 
 if __name__ == "__main__":
-    # Whole numbers may be written as 1e6
-    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
-    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
-    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    resume = re.search(r"--resume[ =](\S+)", " ".join(sys.argv))
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
         saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
         options["default"] = Args(**saved["args"])
-    train(tyro.cli(Args, description=__doc__, args=words, **options))
+    train(tyro.cli(Args, description=__doc__, **options))

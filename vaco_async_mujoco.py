@@ -28,7 +28,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from multiprocessing.connection import wait
 from typing import Literal, get_args, get_type_hints
@@ -66,10 +65,9 @@ class Args:
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
     save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
-    resume: str = ""  # the folder of a run to go on with; its flags hold, but for those given anew
+    resume: str = ""  # the folder of a run to go on with; its flags are kept, except those given again
     actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 3  # actors that died or got stuck are started again, this often in total
-    learner_timeout: float = 300.0  # under torchrun: seconds after which a learner that does not answer ends the run
+    max_actor_restarts: int = 10  # how many dead or stuck actors are replaced in a run; one more ends it
     env_id: str = "HalfCheetah-v4"  # a continuous task of envpool or gymnasium; yours: my_module:MyEnv-v0
     total_timesteps: int = 1_000_000  # environment steps to train for
     num_actors: int = 4  # actor processes (per learner); data is about num_actors / rollouts_per_batch versions old
@@ -104,9 +102,13 @@ class Args:
         for name, hint in get_type_hints(Args).items():
             choices = get_args(hint) or (hint,)  # of a Literal, or types
             value = getattr(self, name)
+            if float in choices and type(value) is int:
+                value = float(value)
+                setattr(self, name, value)
             if value not in choices and type(value) not in choices:
                 raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_")))
+            lowest += name == "num_steps"  # else all rows of a minibatch could be dummy steps
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
@@ -124,8 +126,7 @@ class ContinuousEnvs:
 
     `obs` [C, D], float32, are the observations now, dicts flattened. Both libraries reset on the *next* step: the last
     observation of an episode is the true one, and the step after it ignores the action and returns the first of the
-    next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one.
-    """
+    next episode. That dummy step is no data, whatever its reward: `valid` [C] is False where the coming step is one."""
 
     def __init__(self, env_id, num_envs, seed, gamma=1.0, **options):
         self.gamma = gamma
@@ -211,9 +212,9 @@ class MlpAgent(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean, std, first):
-        """Change the observation statistics [D], and the first layers so that the networks compute what they did: else
-        every batch would move the policy without a gradient. Only the `first` statistics may move it, and those of a
-        dimension whose deviation changes by a factor of two or more: they were hardly known."""
+        """Replace the observation statistics [D], and change the first layers so that the networks compute the same:
+        otherwise every batch would move the policy without a gradient. What is not made up for: the `first` statistics,
+        a dimension whose deviation changes by a factor of two or more, as it was hardly known, and clamping."""
         mean = torch.as_tensor(mean).to(self.obs_mean)
         std = torch.as_tensor(std).to(self.obs_std)
         growth = std / self.obs_std
@@ -258,8 +259,7 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
     per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
     Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
     with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
-    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N].
-    """
+    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N]."""
     rhos = log_ratios.exp()
     discounts = gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -282,8 +282,7 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
-    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor.
-    """
+    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor."""
     deviations = ratios - anchor_ratios
     tv = 0.5 * mean(deviations.abs())
     return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
@@ -322,8 +321,7 @@ class PolicyStore(nn.Module):
     """The last published versions of a policy, one flat float32 row each, in shared memory.
 
     One writer (the learner), many readers, no lock that a killed process could leave taken: a row has no number while
-    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order).
-    """
+    it is written, and a copy counts if the number was right before and after it (on x86, stores appear in order)."""
 
     def __init__(self, agent, num_versions):
         super().__init__()
@@ -340,7 +338,7 @@ class PolicyStore(nn.Module):
         self.versions[row] = version
 
     def load(self, agent, version):
-        """Copy a version, or the LATEST, into the agent; returns its number. Raises LookupError if it is not there."""
+        """Copy a version, which must be among the last ones, or the LATEST into the agent; returns its number."""
         while True:
             wanted = self.versions.max().item() if version == LATEST else version
             row = wanted % len(self.rows)
@@ -348,8 +346,6 @@ class PolicyStore(nn.Module):
             weights = self.rows[row].clone()
             if whole and self.versions[row].item() == wanted:
                 break
-            if version != LATEST:
-                raise LookupError(f"policy version {version} is not in the store, which has {self.versions.tolist()}")
         tensors = list(agent.state_dict().values())
         for tensor, part in zip(tensors, weights.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -399,8 +395,8 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
 
 def ticket(args, rollout):
     """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
-    what defines the lag schedules. The draws of `mixture` depend on seed and number alone; early on they are uniform
-    over the versions that exist."""
+    what makes the lag schedule. `mixture` draws by seed and number alone, in the first batches among the versions that
+    exist so far."""
     batch, place = divmod(rollout, args.rollouts_per_batch)
     number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
     if args.lag_schedule == "async":
@@ -417,7 +413,7 @@ class Actors:
     Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
     free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
     slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
-    `stop_reasons` has what must end the run, for sys.exit: 130 after SIGINT, 143 after SIGTERM, or a text."""
+    `stop_reasons` says why the run must end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or a text."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
@@ -433,8 +429,8 @@ class Actors:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
         self.context = mp.get_context("forkserver")
-        modules = {"torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym"}
-        self.context.set_forkserver_preload(list(modules & sys.modules.keys()))
+        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
         self.processes = [None] * args.num_actors
         self.connections = [None] * args.num_actors
         for index in range(args.num_actors):
@@ -561,14 +557,13 @@ def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        # Not torchrun's store: there, after a restart, learners would find the addresses of those before
-        where = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]) + 1}
-        learners = {"world_size": WORLD_SIZE, "timeout": timedelta(seconds=args.learner_timeout)}
-        learner_store = dist.TCPStore(**where, **learners, is_master=RANK == 0)
-        dist.init_process_group(store=learner_store, **learners, rank=RANK)
+        # Not torchrun's own store: after a restart, that one still has the addresses of the learners before
+        port = int(os.environ["MASTER_PORT"]) + 1
+        learner_store = dist.TCPStore(os.environ["MASTER_ADDR"], port, WORLD_SIZE, is_master=RANK == 0)
+        dist.init_process_group(store=learner_store, world_size=WORLD_SIZE, rank=RANK)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
-    folder = os.path.normpath(args.resume or f"runs/{name}")
+    new_folder = f"runs/{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    folder = os.path.normpath(args.resume or new_folder)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
         torchrun_store, _, _ = next(dist.rendezvous("env://"))
         folder = torchrun_store.compare_set("folder", "", folder).decode()
@@ -772,12 +767,9 @@ def train(args):
 
 
 if __name__ == "__main__":
-    # Whole numbers may be written as 1e6
-    number = r"(?<![^=])[\d.]+[eE]\+?\d+$"
-    words = [re.sub(number, lambda found: f"{float(found[0]):.15g}", word) for word in sys.argv[1:]]
-    resume = re.search(r"--resume[ =](\S+)", " ".join(words))
+    resume = re.search(r"--resume[ =](\S+)", " ".join(sys.argv))
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
         saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
         options["default"] = Args(**saved["args"])
-    train(tyro.cli(Args, description=__doc__, args=words, **options))
+    train(tyro.cli(Args, description=__doc__, **options))

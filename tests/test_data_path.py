@@ -257,7 +257,7 @@ def test_every_actor_draws_from_generators_of_its_own(monkeypatch):
         assert len(np.unique(drawn, axis=0)) == 6 * 2
 
 
-def test_store_returns_what_was_published_and_names_what_is_gone():
+def test_store_returns_what_was_published():
     torch.manual_seed(0)
     agent, reader = MlpAgent(4, 2), MlpAgent(4, 2)
     store, published = PolicyStore(agent, num_versions=3), {}
@@ -271,9 +271,6 @@ def test_store_returns_what_was_published_and_names_what_is_gone():
         assert store.load(reader, version) == wanted
         for name, tensor in reader.state_dict().items():
             assert torch.equal(tensor, published[wanted][name]), name
-    for version in (0, 1, 5):
-        with pytest.raises(LookupError, match=f"version {version} "):
-            store.load(reader, version)
 
 
 class Constant(torch.nn.Module):

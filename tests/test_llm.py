@@ -724,7 +724,7 @@ def test_two_learners_are_one_with_the_completions_of_both(warm_model, monkeypat
     """Gate, gradients, and all that is logged, if completions have equally many tokens; see test_torchrun.py."""
     flags = {"model": warm_model, "total_batches": 4, "eval_interval": 2, "eval_size": 10, "lag_schedule": "mixture"}
     flags |= {"lag": 1, "prompts_per_rollout": 4, "num_minibatches": 1, "update_epochs": 2, "warmup_batches": 1}
-    flags |= {"tv_threshold": 0.001, "tv_anchor": "behavior", "learner_timeout": 100.0, "actor_timeout": 90.0}
+    flags |= {"tv_threshold": 0.001, "tv_anchor": "behavior", "actor_timeout": 90.0}
     flags |= {"max_new_tokens": 1}
     finished(two_learners(flags))
     both, logged = assert_equal_learners(), read_curves(".")
@@ -751,7 +751,7 @@ def test_two_learners_are_one_with_the_completions_of_both(warm_model, monkeypat
 def test_learners_begin_with_the_warm_start_of_the_first_and_stay_equal():
     """Also with completions of different lengths."""
     flags = {"warm_start_batches": 3, "total_batches": 2, "eval_size": 10, "prompts_per_rollout": 4}
-    finished(two_learners(flags | {"actor_timeout": 90.0, "learner_timeout": 100.0}))
+    finished(two_learners(flags | {"actor_timeout": 90.0}))
     assert_equal_learners()
     assert len(os.listdir("runs/warm_starts")) == 1
 

@@ -26,7 +26,6 @@ SMALL = {
     "update_epochs": 2,
     "lag_schedule": "mixture",
     "lag": 2,
-    "learner_timeout": 60,
     "actor_timeout": 50,  # an actor that is replaced on a busy machine plays other episodes
     "total_timesteps": 600,
 }
@@ -80,7 +79,7 @@ def assert_all_gone():
 
 UNEVEN = {"env_id": "InvertedPendulum-v4", "update_epochs": 3}  # episodes end: dummy rows
 # Without a C++ compiler this is one case less of compiling, and of nothing else
-COMPILED = {"compile": bool(shutil.which(os.environ.get("CXX", "g++"))), "learner_timeout": 200}
+COMPILED = {"compile": bool(shutil.which(os.environ.get("CXX", "g++")))}
 # Few steps: one action that rounding makes another changes all that follows
 ATARI = {"env_id": "Pong-v5", "num_minibatches": 2, "num_steps": 8, "total_timesteps": 190}
 CASES = [
