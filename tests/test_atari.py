@@ -116,16 +116,6 @@ def test_rewards_are_clipped_for_the_learner_alone_and_only_if_asked():
     assert seen[True] == {0.0, 1.0} and seen[False] >= {0.0, 10.0}
 
 
-@pytest.mark.parametrize(
-    "name", ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "BreakoutDeterministic-v4", "Breakout-v4"]
-)
-def test_other_names_of_a_game_are_answered_with_envpools(name):
-    with pytest.raises(ValueError, match=f"^--env-id {name}: .* Breakout-v5$"):
-        atari_actions(name)
-    with pytest.raises(ValueError, match=r"Pong-v5$"):
-        atari_actions("Hopper-v4")
-
-
 @pytest.mark.parametrize("game", ["Pong-v5", "Breakout-v5"])
 def test_atari_makes_the_published_environment(game):
     """envpool's defaults are what the docstring says: a change of them would change every result."""
