@@ -397,7 +397,7 @@ def test_the_flags_of_a_run_are_the_defaults_when_it_goes_on():
     train(small)
     (run,) = Path("runs").iterdir()
     # 3 minibatches split the samples of that run, and not those of the default flags
-    flags = ["--resume", f"{run}/", "--total-timesteps", "1.0E+3", "--num-minibatches", "3"]
+    flags = ["--resume", f"{run}/", "--total-timesteps", "1000", "--num-minibatches", "3"]
     program = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
     finished = subprocess.run(program, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

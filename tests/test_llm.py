@@ -409,7 +409,7 @@ def test_the_warm_start_stops_as_soon_as_enough_new_problems_are_solved(warm_mod
     entries = [problems.find(number) for number in range(2**19, 2**19 + 128)]
     tokens, _, mask = agent.generate(*agent.encode([entry["question"] for entry in entries]), sample=False)
     answers = agent.decode(tokens, mask)
-    share = np.mean([answer == entry["answer"] for answer, entry in zip(answers, entries, strict=True)])
+    share = float(np.mean([answer == entry["answer"] for answer, entry in zip(answers, entries, strict=True)]))
     assert 0 < share < 1
     before = agent.model.model.norm.weight.clone()
     warm_start(replace(args, warm_start_accuracy=share), agent, problems)
