@@ -108,7 +108,8 @@ class Args:
             if value not in choices and type(value) not in choices:
                 raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
             lowest = int(name.startswith(("num_", "total_", "rollouts_", "update_")))
-            lowest += name == "num_steps"  # else all rows of a minibatch could be dummy steps
+            if name == "num_steps":
+                lowest = 2  # with one step, all rows of a minibatch could be dummy ones
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
