@@ -1,6 +1,6 @@
 """Whether two states of the scripts compute the same numbers, to the last bit.
 
-    git worktree add ../before 76a9d16
+    git worktree add ../before COMMIT
     python benchmark/same_bits.py --repository ../before --out before.json
     python benchmark/same_bits.py --out after.json --compare before.json
 
@@ -36,7 +36,6 @@ RUNS = [
     f"vaco_async_mujoco.py {SMALL} {LAGGED} --env-id Hopper-v4 --no-filter --no-align --ent-coef 0.01",
     f"vaco_async_mujoco.py {SMALL} {LAGGED} --env-id Pendulum-v1 --no-norm-adv --no-anneal-lr",
     *(f"ppo_async_baseline.py {SMALL} {lag} --objective {name}" for lag in LOCKSTEP for name in OBJECTIVES),
-    f"ppo_async_baseline.py {SMALL} {LAGGED} --env-id Hopper-v4 --target-kl 0.02",
     *(f"impala_baseline.py {SMALL} {lag} --num-minibatches 4" for lag in LOCKSTEP),
     f"impala_baseline.py {SMALL} {LAGGED} --num-minibatches 4 --env-id Hopper-v4 --sum-loss True",
     *(f"vaco_async_llm.py {TINY} {lag}" for lag in LOCKSTEP),
@@ -82,25 +81,27 @@ def numbers_of(repository, command):
 
 def main(args):
     commands = [command for command in RUNS if args.only in command]
-    with ThreadPoolExecutor(args.workers) as pool:
-        results = dict(zip(commands, pool.map(partial(numbers_of, args.repository), commands), strict=True))
-    args.out.write_text(json.dumps(results))
-    if args.compare is None:
-        return
-    before = json.loads(args.compare.read_text())
+    before = json.loads(args.compare.read_text()) if args.compare else {}
+    results = {}
     differences = 0
-    for command, after in results.items():
-        lines = []
-        for tag in sorted(before[command].keys() | after.keys()):
-            old, new = before[command].get(tag, []), after.get(tag, [])
-            if repr(old) != repr(new):  # by their text, since NaN is not equal to itself
-                at = next(
-                    (i for i, pair in enumerate(zip(old, new, strict=False)) if repr(pair[0]) != repr(pair[1])),
-                    "length",
-                )
-                lines.append(f"    {tag}, batch {at}")
-        print("\n".join([f"{'differs' if lines else 'equal'}: {command}", *lines]))
-        differences += bool(lines)
+    with ThreadPoolExecutor(args.workers) as pool:
+        runs = pool.map(partial(numbers_of, args.repository), commands)
+        for command, after in zip(commands, runs, strict=True):
+            results[command] = after
+            args.out.write_text(json.dumps(results))
+            if not args.compare:
+                continue
+            lines = []
+            for tag in sorted(before[command].keys() | after.keys()):
+                old, new = before[command].get(tag, []), after.get(tag, [])
+                if repr(old) != repr(new):  # by their text, since NaN is not equal to itself
+                    pairs = enumerate(zip(old, new, strict=False))
+                    at = next((i for i, pair in pairs if repr(pair[0]) != repr(pair[1])), "length")
+                    lines.append(f"    {tag}, batch {at}")
+            print("\n".join([f"{'differs' if lines else 'equal'}: {command}", *lines]), flush=True)
+            differences += bool(lines)
+    if not args.compare:
+        return
     print(f"{len(results) - differences} of {len(results)} runs are equal to the last bit")
     sys.exit(bool(differences))
 
