@@ -16,7 +16,6 @@ hyperparameters (PPO's for Atari); the algorithm is the same, line by line.
 """
 
 import contextlib
-import ctypes
 import math
 import multiprocessing as mp
 import os
@@ -30,51 +29,37 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import envpool
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
-# Set by torchrun: which of several learners this is, and how many there are
-RANK = int(os.environ.get("RANK") or 0)
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-CHARTS = {  # under "Custom scalars" in TensorBoard
-    "return": ["charts/episodic_return"],
-    "lag in versions": ["lag/versions_mean", "lag/versions_max"],
-    "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
-    "filter": ["filter/gate_open", "filter/dropped"],
-    "share of time spent waiting": ["stats/learner_wait", "stats/actor_wait"],
-}
 
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of networks, minibatches, action noise and environments
-    torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
     cuda: bool = True  # if toggled, the learner runs on the GPU when there is one; actors act on the CPU
     bf16: bool = False  # if toggled, the CNN computes in bfloat16, in learner and actors; parameters stay float32
     learner_threads: int = 1  # CPU threads of the learner; where actors share its cores, with --actor-nice 19
     actor_nice: int = 0  # niceness of the actors, up to 19: on cores that they share, the learner goes first
     track: bool = False  # if toggled, curves, flags and code go to Weights & Biases, too (WANDB_PROJECT, WANDB_ENTITY)
-    save_model: bool = False  # if toggled, the run ends by saving its weights as runs/{run}/{exp_name}.cleanrl_model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags are kept, except those given again
-    actor_timeout: float = 120.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 10  # how many dead or stuck actors are replaced in a run; one more ends it
+    actor_timeout: float = 120.0  # seconds for one rollout, after which an actor counts as stuck; 0: no limit
 
     env_id: str = "Pong-v5"  # any Atari game of envpool: Breakout-v5, MsPacman-v5, ...
     total_timesteps: int = 10_000_000  # environment steps to train for; one is 4 frames
     episodic_life: bool = True  # if toggled, a lost life ends an episode for the learner; scores are of whole games
     reward_clip: bool = True  # if toggled, the learner sees the sign of rewards; scores are raw
     repeat_action_probability: float = 0.0  # the probability of a sticky action, in place of the chosen one
-    num_actors: int = 4  # actor processes (per learner); data is about num_actors / rollouts_per_batch versions old
+    num_actors: int = 4  # actor processes; data is about num_actors / rollouts_per_batch versions old
     num_envs: int = 8  # environments per actor
     num_steps: int = 128  # steps per environment in one rollout
     rollouts_per_batch: int = 1  # rollouts per batch, which has rollouts_per_batch * num_steps * num_envs samples
@@ -104,22 +89,15 @@ class Args:
     tv_anchor: Literal["behavior", "learner"] = "behavior"
 
     def __post_init__(self):
-        for name, hint in get_type_hints(Args).items():
-            choices = get_args(hint) or (hint,)  # of a Literal, or types
-            value = getattr(self, name)
-            if float in choices and type(value) is int:
-                value = float(value)
-                setattr(self, name, value)
-            if value not in choices and type(value) not in choices:
-                raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
-            lowest = int(name.startswith(("learner_", "num_", "total_", "rollouts_", "update_")))
+        for name, value in vars(self).items():
+            lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))
             if type(value) in (int, float) and not value >= lowest:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {int(lowest)}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
         samples = self.rollouts_per_batch * self.num_steps * self.num_envs
-        if samples % self.num_minibatches or samples < 4 * self.num_minibatches:
-            raise ValueError(f"--num-minibatches {self.num_minibatches}: must split {samples} samples into 4s or more")
+        if samples < 4 * self.num_minibatches:
+            raise ValueError(f"--num-minibatches {self.num_minibatches}: must leave 4 of {samples} samples to each")
         if self.resume and not os.path.exists(f"{self.resume}/checkpoint.pt"):
             raise ValueError(f"--resume {self.resume}: is not the folder of a run, with a checkpoint.pt")
         atari_actions(self.env_id)
@@ -130,8 +108,7 @@ class AtariEnvs:
 
     `obs` [C, 84, 84, 4], uint8, are the last 4 grey frames. envpool resets on the *next* step, which is a dummy: see
     `valid` [C]. With episodic_life a lost life is a terminated step for the learner, while `totals` are of whole games,
-    in raw score. All else is envpool's default and the usual one: 4 frames per step, minimal action set, games cut
-    after 27000 steps, up to 30 no-ops and fire at the start (with episodic_life after a lost life, too)."""
+    in raw score. All else is envpool's default (docs/atari.md)."""
 
     def __init__(self, env_id, num_envs, seed, **options):
         self.valid = np.ones(num_envs, dtype=bool)
@@ -181,10 +158,9 @@ class CnnAgent(nn.Module):
     """Categorical policy and critic on one Nature CNN (doi 10.1038/nature14236), for stacks of frames [..., 84, 84, 4].
 
     With `bf16` the CNN computes in bfloat16 in learner and actors alike: in the learner alone, its rounding would look
-    like policy lag. All else is float32, except that an actor's copy, which is not `trained`, keeps the weights of the
-    CNN in bfloat16: they are rounded once per version, not at every step."""
+    like policy lag. All else is float32."""
 
-    def __init__(self, action_size, bf16=False, trained=True):
+    def __init__(self, action_size, bf16=False):
         super().__init__()
         self.bf16 = bf16
         self.network = nn.Sequential(
@@ -200,10 +176,6 @@ class CnnAgent(nn.Module):
         )
         self.actor = layer_init(nn.Linear(512, action_size), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
-        # Convolutions are faster where the channels of a pixel are neighbours in memory
-        self.to(memory_format=torch.channels_last)
-        if bf16 and not trained:
-            self.network.to(torch.bfloat16)
         # On a GPU they would round to TF32; beside actors on the CPU that would pass for policy lag
         torch.backends.cudnn.allow_tf32 = False
 
@@ -237,7 +209,7 @@ class CnnAgent(nn.Module):
 
 
 @torch.no_grad()
-def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, c_bar):
+def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar=1.0, c_bar=1.0):
     """Align: critic targets v_t, and advantages A_t of the learner's policy pi_T on data of the behaviour policy beta.
 
         delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t
@@ -245,11 +217,10 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
         v_t     = V_t + acc_t
         A_t     = delta_t + gamma lam (1 - done_t) acc_{t+1}
 
-    V-trace is IMPALA's (arXiv 1802.01561, section 4.1), there at every gradient step; VACO's (arXiv 2603.01365) once
-    per batch. It is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
-    Takes log rho_t = log pi_T(a_t|s_t) - log beta(a_t|s_t) [T, N]; rewards [T, N]; the learner's values V [T + 1, N],
-    with the bootstrap row; terminated (where bootstrapping stops) and dones (where traces stop) [T, N] of 0 and 1;
-    discount, trace decay, bounds of the importance weights. Returns targets and advantages [T, N]."""
+    IMPALA does this at every gradient step (arXiv 1802.01561, section 4.1), VACO once per batch (arXiv 2603.01365). It
+    is GAE if rho = 1. A_t has no rho_t of its own: the losses bring it. Dummy rows reach no other row.
+    Takes log rho_t = log pi_T/beta [T, N]; rewards [T, N]; the learner's values V [T + 1, N], with the bootstrap row;
+    terminated (bootstrapping stops) and dones (traces stop) [T, N], 0 or 1. Returns targets and advantages [T, N]."""
     rhos = log_ratios.exp()
     discounts = gamma * lam * (1 - dones)
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
@@ -262,7 +233,7 @@ def vtrace(log_ratios, rewards, values, terminated, dones, gamma, lam, rho_bar, 
     return values[:-1] + acc[:-1], deltas + discounts * acc[1:]
 
 
-def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.mean):
+def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0):
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
         D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
@@ -272,22 +243,22 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
-    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor."""
+    policy pi_T, pi_T/beta [M]. Returns keep [M], boolean, and D, a scalar tensor."""
     deviations = ratios - anchor_ratios
-    tv = 0.5 * mean(deviations.abs())
+    tv = 0.5 * deviations.abs().mean()
     return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
 
 
 def vaco_minibatch(agent, args, advantages, obs, actions, behavior_logprobs, learner_ratios, targets):
     """Forward pass of one gradient step: M valid rows of a batch -> loss (scalar), {what is logged: scalar tensor}."""
     if args.norm_adv:
-        advantages = advantages - average(advantages.mean())
-        advantages = advantages / (average(advantages.square().mean()).sqrt() + 1e-8)
+        advantages = advantages - advantages.mean()
+        advantages = advantages / (advantages.square().mean().sqrt() + 1e-8)
     newlogprobs, entropy, newvalues = agent.evaluate(obs, actions)
     log_ratios = newlogprobs - behavior_logprobs  # [M]
     ratios = log_ratios.exp()  # [M], pi/beta
     anchor_ratios = learner_ratios if args.tv_anchor == "learner" else 1.0
-    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, lambda x: average(x.mean()))
+    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios)
     keep = keep | (not args.filter)
     # Dropped samples count in the mean, so they shorten the step
     policy_loss = -torch.where(keep, ratios * advantages, 0).mean()
@@ -342,18 +313,18 @@ class PolicyStore(nn.Module):
         return wanted
 
 
-def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner):
-    """An actor process. Takes tickets (rollout, version, number) from the connection `learner`, loads that version of
+def actor(args, index, first_version, make_agent, make_envs, store, rollouts, learner):
+    """An actor process. Takes tickets (rollout, version) from the connection `learner`, loads that version of
     the policy, fills the rollout's slot, and sends (rollout, version, [[return, length] of each ended episode], seconds
-    waited, seconds taken). `attempt` is 0 for the first actors of a run; later ones play other episodes."""
+    waited, seconds taken). With `first_version` in the seed, a resumed run does not play its first episodes again."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
         signal.signal(number, signal.SIG_IGN)
     # Leave with the learner, however it ends, also from the middle of a rollout
     threading.Thread(target=lambda: wait([mp.parent_process().sentinel]) and os._exit(1), daemon=True).start()
-    signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # a stuck actor ends itself, and is replaced
+    signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # at the alarm, the process ends
     torch.set_num_threads(1)
     os.nice(args.actor_nice)
-    seed = int(np.random.default_rng((args.seed, RANK, index, attempt)).integers(2**31 - 2**16))
+    seed = int(np.random.default_rng((args.seed, first_version, index)).integers(2**31 - 2**16))
     random.seed(seed)  # environments may draw from any of these
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -362,7 +333,7 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
     while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
         wait_start = time.perf_counter()
-        rollout, version, _ = learner.recv()
+        rollout, version = learner.recv()
         act_start = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)
         version = store.load(agent, version)
@@ -384,93 +355,60 @@ def actor(args, index, attempt, make_agent, make_envs, store, rollouts, learner)
 
 
 def ticket(args, rollout):
-    """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
-    what makes the lag schedule. `mixture` draws by seed and number alone, in the first batches among the versions that
-    exist so far."""
-    batch, place = divmod(rollout, args.rollouts_per_batch)
-    number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
+    """(rollout, policy version) for a rollout, counted from 0. The version is what makes the lag schedule. `mixture`
+    draws by seed and rollout alone, in the first batches among the versions that exist so far."""
+    batch = rollout // args.rollouts_per_batch
     if args.lag_schedule == "async":
-        return rollout, LATEST, number
+        return rollout, LATEST
     if args.lag_schedule == "fixed":
-        return rollout, max(batch - args.lag, 0), number
-    draw = np.random.default_rng((args.seed, number)).integers(min(args.lag, batch) + 1)
-    return rollout, batch - int(draw), number
+        return rollout, max(batch - args.lag, 0)
+    draw = np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1)
+    return rollout, batch - int(draw)
 
 
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
     Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
-    free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
-    slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
-    `stop_reasons` says why the run must end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or a text."""
+    free and its policy version exists, so actors collect while the learner trains. `stop_reasons` says why the run must
+    end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or what has become of an actor."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
         self.num_slots = num_slots
-        self.first_version = version
-        self.target = target  # what a process calls, with these arguments besides its own
-        self.arguments = arguments
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
-        self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
-        self.restarts = 0
         self.stop_reasons = []
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.processes = []
+        self.connections = []
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
-        self.context = mp.get_context("forkserver")
-        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
-        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
-        self.processes = [None] * args.num_actors
-        self.connections = [None] * args.num_actors
+        context = mp.get_context("forkserver")
+        slow = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        context.set_forkserver_preload([name for name in slow if name in sys.modules])  # what this script imports
         for index in range(args.num_actors):
-            self.launch(index)
+            connection, learner = context.Pipe()
+            process = context.Process(target=target, args=(args, index, version, *arguments, learner), daemon=True)
+            process.name = f"actor {index}"
+            process.start()
+            learner.close()  # so that the pipe ends with the actor
+            self.processes.append(process)
+            self.connections.append(connection)
         first = version * args.rollouts_per_batch
         self.issue(version, range(first - num_slots, first))
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
-
-    def launch(self, index):
-        """Start an actor, with the tickets that its predecessor has not answered."""
-        self.connections[index], theirs = self.context.Pipe()
-        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
-        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
-        process.start()
-        self.processes[index] = process
-        theirs.close()  # so that the pipe ends with the actor
-        with contextlib.suppress(ConnectionError):  # if this one has died, too
-            for pending in self.pending[index]:
-                self.connections[index].send(pending)
-
-    def replace(self, index):
-        """Say how an actor has died, and start its successor, or let the run end."""
-        self.processes[index].join()
-        code = self.processes[index].exitcode
-        problem = f"actor {index} died with exit code {code}"
-        if code == -signal.SIGALRM:
-            problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
-        self.restarts += 1
-        if self.restarts > self.args.max_actor_restarts:
-            self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
-        else:
-            print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
-            self.launch(index)
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
         are rollouts that have been copied out of their slots."""
         for rollout in freed:
             self.waiting[rollout % self.args.num_actors].append(rollout + self.num_slots)
-        for index, waiting in enumerate(self.waiting):
-            while waiting:
-                pending = ticket(self.args, waiting[0])
-                if pending[1] > newest:
-                    break
-                waiting.popleft()
-                self.pending[index].append(pending)
-                with contextlib.suppress(ConnectionError):  # of an actor that has died: its successor gets it
-                    self.connections[index].send(pending)
+        for connection, waiting in zip(self.connections, self.waiting, strict=True):
+            while waiting and ticket(self.args, waiting[0])[1] <= newest:
+                with contextlib.suppress(ConnectionError):  # the actor has died, as `collect` will see
+                    connection.send(ticket(self.args, waiting.popleft()))
 
     def collect(self, batch):
         """Block until the rollouts of a batch are there; returns what actors sent, lockstep in the order of the
@@ -481,15 +419,16 @@ class Actors:
             if self.args.lag_schedule == "async" and len(self.finished) >= size:
                 rollouts = list(self.finished)[:size]
             complete = all(rollout in self.finished for rollout in rollouts)
-            for connection in wait(self.connections, timeout=0 if complete else 0.5):
-                index = self.connections.index(connection)
+            for connection in wait(self.connections, timeout=0 if complete else 0.5):  # signals do not end a wait
                 try:
                     message = connection.recv()
-                except (EOFError, OSError):
-                    self.replace(index)
-                else:
-                    self.pending[index].popleft()
                     self.finished[message[0]] = message
+                except (EOFError, OSError):
+                    process = self.processes[self.connections.index(connection)]
+                    process.join()
+                    stuck = process.exitcode == -signal.SIGALRM
+                    end = "was stuck (--actor-timeout)" if stuck else f"died with exit code {process.exitcode}"
+                    self.stop_reasons.append(f"{process.name} {end}")
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -503,44 +442,18 @@ class Actors:
             signal.signal(number, handler)
 
 
-def gather(value):
-    """The `value`s of all learners, in the order of their ranks: a list."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def average(tensor):
-    """The mean of a tensor over all learners, the same to the last bit in each; for one learner, the tensor itself."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-        tensor /= WORLD_SIZE
-    return tensor
-
-
-def keep_freed_memory():
-    """Let the C library keep large blocks when they are freed. By default glibc hands them to the kernel, and every
-    page of the next one costs a fault: with batches of frames, a fifth of the learner's time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; 32 MiB is most to older ones
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def gradient(minibatch_loss, agent, args, *rows):
-    """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), a mean over all
-    learners, no longer than args.max_grad_norm, and what is logged."""
+    """One gradient step, up to the optimiser: the gradient [P] of minibatch_loss(agent, args, *rows), no longer than
+    args.max_grad_norm, and what is logged."""
     loss, logs = minibatch_loss(agent, args, *rows)
     vector = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
-    vector = average(vector)
     norm = vector.norm()
     return vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logs | {"losses/grad_norm": norm}
 
 
 def check_finite(place, numbers):
-    """End the run if any of `numbers`, {name: array or tensor}, is not finite."""
-    broken = [name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    """End the run if any of `numbers`, {name: tensor}, is not finite."""
+    broken = [name for name, value in numbers.items() if not torch.isfinite(value).all()]
     if broken:
         sys.exit(f"not finite: {', '.join(broken)} {place}")
 
@@ -548,37 +461,24 @@ def check_finite(place, numbers):
 def train(args):
     """Train an agent and return it: a whole run, from the flags (`Args`) to the summary line. Raises SystemExit if the
     run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        # Not torchrun's own store: after a restart, that one still has the addresses of the learners before
-        port = int(os.environ["MASTER_PORT"]) + 1
-        learner_store = dist.TCPStore(os.environ["MASTER_ADDR"], port, WORLD_SIZE, is_master=RANK == 0)
-        dist.init_process_group(store=learner_store, world_size=WORLD_SIZE, rank=RANK)
     env_id = args.env_id.replace("/", "-").replace(":", "-")
     new_folder = f"runs/{env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     folder = os.path.normpath(args.resume or new_folder)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
-        torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set("folder", "", folder).decode()
-    if args.track and RANK == 0:
+    if args.track:
         import wandb
 
         run_id = os.path.basename(folder)
         wandb.init(id=run_id, name=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.deterministic = True
     torch.set_num_threads(args.learner_threads)
-    keep_freed_memory()
-    on_gpu = args.cuda and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     make_agent = partial(CnnAgent, atari_actions(args.env_id), args.bf16)
-    make_actor = partial(make_agent, trained=False)
     options = {name: getattr(args, name) for name in ("episodic_life", "reward_clip", "repeat_action_probability")}
     make_envs = partial(AtariEnvs, args.env_id, args.num_envs, **options)
-    agent = make_agent()
-    agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's: hosts may round differently
-    agent.to(device)
-    # The parameters become views of one vector [P], which is stepped and averaged faster
+    agent = make_agent().to(device)
+    # The parameters become views of one vector [P], which is stepped faster
     weights = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
     nn.utils.vector_to_parameters(weights.data, agent.parameters())
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -601,9 +501,8 @@ def train(args):
     last_returns = deque(maxlen=100)
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    resumed = RANK == 0 and os.path.exists(checkpoint)
-    saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
-    if saved:
+    if args.resume:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
@@ -616,16 +515,13 @@ def train(args):
         state = {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
         state |= {"args": vars(args), "global_step": global_step, "version": version}
         state["last_returns"] = list(last_returns)
-        if RANK == 0:
-            torch.save(state, f"{checkpoint}.tmp")
-            os.replace(f"{checkpoint}.tmp", checkpoint)
+        torch.save(state, f"{checkpoint}.tmp")
+        os.replace(f"{checkpoint}.tmp", checkpoint)
 
-    if RANK == 0:
-        writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
-        writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    actors = Actors(args, S, version, actor, make_actor, make_envs, store, rollouts)
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if args.resume else None)
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    actors = Actors(args, S, version, actor, make_agent, make_envs, store, rollouts)
     try:
         first_step = global_step
         train_start = batch_start = time.perf_counter()
@@ -633,8 +529,7 @@ def train(args):
             # COLLECT a batch, copy it, and let its slots be filled again while we train
             wait_start = time.perf_counter()
             collected = actors.collect(batch=version)
-            stop_reasons = [reason for reasons in gather(actors.stop_reasons) for reason in reasons]
-            if stop_reasons:  # all learners end after the same batch
+            if actors.stop_reasons:
                 break
             learner_wait = time.perf_counter() - wait_start
             collected, versions, episodes, wait_times, act_times = map(list, zip(*collected, strict=True))
@@ -653,14 +548,13 @@ def train(args):
                 values = torch.cat([values, agent.get_value(obs[-1:])])  # [T + 1, N]
             learner_log_ratios = learner_logprobs - batch["logprobs"]  # [T, N], log pi_T/beta
             log_rhos = learner_log_ratios if args.align else torch.zeros_like(learner_log_ratios)
+            valid = batch["valid"]  # [T, N], with B valid rows: the others are dummy steps
             terminated = batch["terminated"].float()  # [T, N]
             dones = (batch["terminated"] | batch["truncated"]).float()  # [T, N]
             bounds = (args.gamma, args.gae_lambda, args.rho_bar, args.c_bar)
             targets, advantages = vtrace(log_rhos, batch["rewards"], values, terminated, dones, *bounds)  # [T, N]
-            # Dummy steps end here: of T * N rows, the B valid ones go on, [B, ...]
-            valid = batch["valid"]
-            # index_select copies frames 5 times faster than obs[:-1][valid] and b_obs[mb]
-            b_obs = obs[:-1].flatten(0, 1).index_select(0, valid.flatten().nonzero().squeeze(-1))
+            # Dummy steps end here: the valid rows go on, [B, ...]
+            b_obs = obs[:-1][valid]
             b_actions = batch["actions"][valid]
             b_behavior_logprobs = batch["logprobs"][valid]
             b_learner_ratios = learner_log_ratios[valid].exp()
@@ -670,11 +564,10 @@ def train(args):
             # FILTER: minibatch updates of pi
             lr = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
-            counts = gather(len(b_obs))  # every learner uses as many rows as the one with the fewest
             b_fields = (b_advantages, b_obs, b_actions, b_behavior_logprobs, b_learner_ratios, b_targets)
             minibatch_logs = []
             for _ in range(args.update_epochs):
-                rows = torch.randperm(len(b_obs))[: min(counts)].to(device)
+                rows = torch.randperm(len(b_obs)).to(device)
                 for mb in rows.tensor_split(args.num_minibatches):
                     mb_fields = [field.index_select(0, mb) for field in b_fields]
                     weights.grad, logs = gradient(vaco_minibatch, agent, args, *mb_fields)
@@ -689,14 +582,16 @@ def train(args):
             version += 1
             store.publish(agent, version)
             actors.issue(newest=version)
-            global_step += sum(counts)
+            global_step += len(b_obs)
 
-            # LOG, against environment steps: means over all learners
+            # LOG, against environment steps
             batch_seconds = time.perf_counter() - batch_start
             batch_start += batch_seconds
-            means |= {
+            scalars = means | {
                 "losses/explained_variance": 1 - (b_targets - values[:-1][valid]).var() / b_targets.var(),
+                "charts/learning_rate": lr,
                 "lag/versions_mean": version - 1 - np.mean(versions),
+                "lag/versions_max": version - 1 - min(versions),
                 "lag/tv_backward": 0.5 * (b_learner_ratios - 1).abs().mean(),
                 "lag/tv_forward": 0.5 * (final_ratios - b_learner_ratios).abs().mean(),
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean(),
@@ -707,42 +602,29 @@ def train(args):
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
-            averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
-            scalars = dict(zip(means, averages.tolist(), strict=True))
-            scalars["lag/versions_max"] = max(gather(version - 1 - min(versions)))
-            scalars["stats/actor_restarts"] = sum(gather(actors.restarts))
-            scalars["charts/learning_rate"] = lr
             scalars["charts/SPS"] = (global_step - first_step) / (batch_start - train_start)
-            ended = [episode for part in gather(episodes) for rollout in part for episode in rollout]
+            ended = [episode for rollout in episodes for episode in rollout]
             if ended:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(ended, axis=0)
                 last_returns.extend(float(episode_return) for episode_return, _ in ended)
-            if RANK == 0:
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, global_step)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
-            if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
+            if not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
                 recent = np.mean(last_returns or [math.nan])
                 print(f"step {global_step}, {sps:.0f} SPS, return {recent:.6g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)
         save()
     finally:
         actors.stop()
-        if RANK == 0:
-            writer.close()
+        writer.close()
     if global_step < args.total_timesteps:
         with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
             print(f"stopped at step {global_step}; --resume {folder} goes on from there", file=sys.stderr)
-        sys.exit(stop_reasons[0])
-    if RANK == 0:
-        recent = np.mean(last_returns or [math.nan])
-        print(f"{args.env_id}, seed {args.seed}: return {recent:.6g} after {global_step} steps; logs in {folder}")
-        if args.save_model:
-            torch.save(agent.state_dict(), f"{folder}/{args.exp_name}.cleanrl_model")
-            print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.exit(actors.stop_reasons[0])
+    recent = np.mean(last_returns or [math.nan])
+    print(f"{args.env_id}, seed {args.seed}: return {recent:.6g} after {global_step} steps; logs, weights: {folder}")
     return agent
 
 
@@ -751,5 +633,5 @@ if __name__ == "__main__":
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
         saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
-        options["default"] = Args(**saved["args"])
+        options["default"] = Args(**saved["args"] | {"resume": resume[1]})
     train(tyro.cli(Args, description=__doc__, **options))

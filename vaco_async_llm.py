@@ -13,7 +13,7 @@ better here than the one that generated (beta), the other scripts' default.
 
   PolicyStore: the last versions of the model, in shared memory  <--- publish, once per batch ---  learner (train)
         | copy one version, once per rollout                                                        |        ^
-  actor 0 .. actor N-1: generate and score  <--- tickets (rollout, version, number), through pipes -+        |
+  actor 0 .. actor N-1: generate and score  <--- tickets (rollout, version), through pipes ---------+        |
         | fill one slot: prompts, completions, log-probabilities, masks, rewards                             |
   completions: slots in shared memory  --- which are full, through pipes  -----------------------------------+
 """
@@ -36,28 +36,17 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, cached_property, partial
 from multiprocessing.connection import wait
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import numpy as np
 import reasoning_gym
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import transformers
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
-# Set by torchrun: which of several learners this is, and how many there are
-RANK = int(os.environ.get("RANK") or 0)
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-CHARTS = {  # under "Custom scalars" in TensorBoard
-    "accuracy": ["charts/accuracy", "charts/reward"],
-    "lag in versions": ["lag/versions_mean", "lag/versions_max"],
-    "total variation": ["lag/tv_backward", "lag/tv_forward", "lag/tv_total"],
-    "filter": ["filter/gate_open", "filter/dropped"],
-    "share of time spent waiting": ["stats/learner_wait", "stats/actor_wait"],
-}
 NUM_PROBLEMS = 2**20  # of a procedural task, for training; then they come again
 # Tasks whose verifiers run completions as code
 EVALUATING = {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"}
@@ -77,8 +66,7 @@ class Args:
     save_model: bool = False  # if toggled, the run ends by saving its model as transformers does: runs/{run}/model
     checkpoint_interval: int = 0  # batches between checkpoints; 0: only at the end, and at Ctrl-C or SIGTERM
     resume: str = ""  # the folder of a run to go on with; its flags are kept, except those given again
-    actor_timeout: float = 600.0  # seconds after which an actor that is still busy with one rollout counts as stuck
-    max_actor_restarts: int = 10  # how many dead or stuck actors are replaced in a run; one more ends it
+    actor_timeout: float = 600.0  # seconds for one rollout, after which an actor counts as stuck; 0: no limit
 
     # tiny: a small Llama, warm-started on solved problems; else what transformers loads, by its hub id or folder
     model: str = "tiny"
@@ -94,7 +82,7 @@ class Args:
     eval_interval: int = 50  # batches from one evaluation to the next
     eval_size: int = 400  # held-out problems, answered greedily; no training problem has the same question
 
-    num_actors: int = 1  # generating processes (per learner); data is about num_actors / rollouts_per_batch batches old
+    num_actors: int = 1  # generating processes; data is about num_actors / rollouts_per_batch batches old
     prompts_per_rollout: int = 64  # problems per rollout
     group_size: int = 4  # completions per problem, whose rewards are compared with one another
     rollouts_per_batch: int = 1  # rollouts per batch, of prompts_per_rollout * group_size completions each
@@ -119,19 +107,21 @@ class Args:
     clip_coef: float = 0.2  # grpo, decoupled: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
     def __post_init__(self):
-        lowest = {"group_size": 2, "temperature": 0.001}
-        may_be_0 = ("seed", "actor_nice", "checkpoint_interval", "max_actor_restarts", "lag", "warmup_batches")
-        for name, hint in get_type_hints(Args).items():
-            choices = get_args(hint) or (hint,)  # of a Literal, or types
-            value = getattr(self, name)
-            if float in choices and type(value) is int:
-                value = float(value)
-                setattr(self, name, value)
-            if value not in choices and type(value) not in choices:
-                raise ValueError(f"{name}={value!r}: must be {' or '.join(map(str, choices))}")
-            least = lowest.get(name, int(type(value) is int and name not in may_be_0))
-            if type(value) in (int, float) and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        at_least_1 = (
+            "num_",
+            "total_",
+            "prompts_",
+            "rollouts_",
+            "update_",
+            "eval_",
+            "max_prompt",
+            "max_new",
+            "learner_t",
+        )
+        for name, value in vars(self).items():
+            lowest = {"group_size": 2, "temperature": 0.001}.get(name, int(name.startswith(at_least_1)))
+            if type(value) in (int, float) and not value >= lowest:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
         if self.lag and self.lag_schedule == "async":
             raise ValueError(f"--lag {self.lag}: needs --lag-schedule fixed or mixture; async varies by --num-actors")
         if self.num_minibatches > self.rollouts_per_batch * self.prompts_per_rollout * self.group_size:
@@ -416,7 +406,7 @@ def group_advantages(rewards, group_size):
     return advantages.masked_fill(same, 0).flatten(), same.float().mean()
 
 
-def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.mean):
+def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0):
     """Filter: drop the gradients that raise the total variation, once it is over budget (VACO, arXiv 2603.01365).
 
         D      = 1/2 mean_i |r_i - anchor_i|     estimates TV(pi, anchor policy): TV = 1/2 E_beta |pi/beta - 1|
@@ -426,15 +416,15 @@ def tv_filter(ratios, advantages, tv_threshold, anchor_ratios=1.0, mean=torch.me
     the surrogate r A of a sample raises its share of D exactly if A (r - anchor) > 0.
     Takes, of valid rows only, ratios pi/beta [M] without gradient; advantages [M] as the loss uses them, since
     normalising changes signs; the budget on D, the 1/2 included; anchor_ratios: 1, or, to measure from the learner's
-    policy pi_T, pi_T/beta [M]; how to take means. Returns keep [M], boolean, and D, a scalar tensor."""
+    policy pi_T, pi_T/beta [M]. Returns keep [M], boolean, and D, a scalar tensor."""
     deviations = ratios - anchor_ratios
-    tv = 0.5 * mean(deviations.abs())
+    tv = 0.5 * deviations.abs().mean()
     return (tv <= tv_threshold) | (advantages * deviations <= 0), tv
 
 
 def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_logprobs, reference_logprobs=None):
     """Forward pass of one gradient step: M completions of a batch -> loss (scalar), {what is logged: scalar tensor}.
-    All means are over the K tokens within the mask: each learner's own, of which learners have a few more or less."""
+    All means are over the K tokens within the mask."""
     newlogprobs, entropies = agent.evaluate(*inputs)  # [M, L]
     mask = inputs[-1]
     newlogprobs = newlogprobs[mask]  # [K], as all that follows
@@ -445,7 +435,7 @@ def llm_minibatch(agent, args, advantages, inputs, behavior_logprobs, learner_lo
     learner_logprobs = learner_logprobs[mask]
     learner_ratios = (learner_logprobs - behavior_logprobs).exp()
     anchor_ratios = learner_ratios if args.tv_anchor == "learner" else 1.0
-    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios, lambda x: average(x.mean()))
+    keep, tv = tv_filter(ratios.detach(), advantages, args.tv_threshold, anchor_ratios)
     if args.objective == "vaco":
         keep = keep | (not args.filter)
         # Dropped tokens count in the mean, so they shorten the step
@@ -511,35 +501,35 @@ class PolicyStore(nn.Module):
         return wanted
 
 
-def generator(args, index, attempt, make_agent, make_problems, store, completions, learner):
-    """An actor process. Takes tickets (rollout, version, number) from the connection `learner`, loads that version of
+def generator(args, index, first_version, make_agent, load_problems, store, completions, learner):
+    """An actor process. Takes tickets (rollout, version) from the connection `learner`, loads that version of
     the model, fills the rollout's slot, and sends (rollout, version, seconds waited, seconds taken). What is in a
-    rollout depends on its version and number alone, not on `index` and `attempt`."""
+    rollout depends on its number and version alone, not on `index` and `first_version`."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach every process: it is the learner that ends the run
         signal.signal(number, signal.SIG_IGN)
     # Leave with the learner, however it ends, also from the middle of a rollout
     threading.Thread(target=lambda: wait([mp.parent_process().sentinel]) and os._exit(1), daemon=True).start()
-    signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # a stuck actor ends itself, and is replaced
+    signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)  # at the alarm, the process ends
     torch.set_num_threads(args.actor_threads)
     os.nice(args.actor_nice)
     agent = make_agent()
-    problems = make_problems()
+    problems = load_problems()
     while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
         wait_start = time.perf_counter()
-        rollout, version, number = learner.recv()
+        rollout, version = learner.recv()
         act_start = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, args.actor_timeout)
         version = store.load(agent, version)
         out = {name: field[rollout % len(field)] for name, field in completions.items()}
-        generate_rollout(args, agent, problems, number, out)
+        generate_rollout(args, agent, problems, rollout, out)
         learner.send((rollout, version, act_start - wait_start, time.perf_counter() - act_start))
 
 
-def generate_rollout(args, agent, problems, number, out):
+def generate_rollout(args, agent, problems, rollout, out):
     """Fill one slot, {name: tensor}: generate and score completions, as seed and the rollout's number say alone."""
-    torch.manual_seed(int(np.random.default_rng((args.seed, number, 1)).integers(2**63)))
-    first = number * args.prompts_per_rollout
+    torch.manual_seed(int(np.random.default_rng((args.seed, rollout, 1)).integers(2**63)))
+    first = rollout * args.prompts_per_rollout
     entries = [problems.find(first + i, agent.fits) for i in range(args.prompts_per_rollout)]
     entries = [entry for entry in entries for _ in range(args.group_size)]
     prompts, prompt_mask = agent.encode([entry["question"] for entry in entries])
@@ -556,93 +546,60 @@ def generate_rollout(args, agent, problems, number, out):
 
 
 def ticket(args, rollout):
-    """(rollout, policy version, number over all learners) for a rollout of this learner, counted from 0. The version is
-    what makes the lag schedule. `mixture` draws by seed and number alone, in the first batches among the versions that
-    exist so far."""
-    batch, place = divmod(rollout, args.rollouts_per_batch)
-    number = (batch * WORLD_SIZE + RANK) * args.rollouts_per_batch + place
+    """(rollout, policy version) for a rollout, counted from 0. The version is what makes the lag schedule. `mixture`
+    draws by seed and rollout alone, in the first batches among the versions that exist so far."""
+    batch = rollout // args.rollouts_per_batch
     if args.lag_schedule == "async":
-        return rollout, LATEST, number
+        return rollout, LATEST
     if args.lag_schedule == "fixed":
-        return rollout, max(batch - args.lag, 0), number
-    draw = np.random.default_rng((args.seed, number)).integers(min(args.lag, batch) + 1)
-    return rollout, batch - int(draw), number
+        return rollout, max(batch - args.lag, 0)
+    draw = np.random.default_rng((args.seed, rollout)).integers(min(args.lag, batch) + 1)
+    return rollout, batch - int(draw)
 
 
 class Actors:
     """The actor processes, a pipe to each, and the tickets: who collects what with which policy version.
 
     Rollout j goes to actor j mod N and slot j mod S, S being a multiple of N. It has a ticket as soon as its slot is
-    free and its policy version exists, so actors collect while the learner trains; they are paced by the number of
-    slots, nothing is dropped. The successor of an actor that has died collects from the start what that one owed.
-    `stop_reasons` says why the run must end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or a text."""
+    free and its policy version exists, so actors collect while the learner trains. `stop_reasons` says why the run must
+    end, as sys.exit takes it: 130 after SIGINT, 143 after SIGTERM, or what has become of an actor."""
 
     def __init__(self, args, num_slots, version, target, *arguments):
         self.args = args
         self.num_slots = num_slots
-        self.first_version = version
-        self.target = target  # what a process calls, with these arguments besides its own
-        self.arguments = arguments
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
-        self.pending = [deque() for _ in range(args.num_actors)]  # tickets that each actor has not answered
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
-        self.restarts = 0
         self.stop_reasons = []
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.processes = []
+        self.connections = []
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
-        self.context = mp.get_context("forkserver")
-        names = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
-        self.context.set_forkserver_preload([name for name in names if name in sys.modules])
-        self.processes = [None] * args.num_actors
-        self.connections = [None] * args.num_actors
+        context = mp.get_context("forkserver")
+        slow = ("torch", "envpool", "gymnasium", "tyro", "torch.utils.tensorboard", "transformers", "reasoning_gym")
+        context.set_forkserver_preload([name for name in slow if name in sys.modules])  # what this script imports
         for index in range(args.num_actors):
-            self.launch(index)
+            connection, learner = context.Pipe()
+            process = context.Process(target=target, args=(args, index, version, *arguments, learner), daemon=True)
+            process.name = f"actor {index}"
+            process.start()
+            learner.close()  # so that the pipe ends with the actor
+            self.processes.append(process)
+            self.connections.append(connection)
         first = version * args.rollouts_per_batch
         self.issue(version, range(first - num_slots, first))
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
-
-    def launch(self, index):
-        """Start an actor, with the tickets that its predecessor has not answered."""
-        self.connections[index], theirs = self.context.Pipe()
-        arguments = (self.args, index, self.first_version + self.restarts, *self.arguments, theirs)
-        process = self.context.Process(target=self.target, args=arguments, name=f"actor {index}", daemon=True)
-        process.start()
-        self.processes[index] = process
-        theirs.close()  # so that the pipe ends with the actor
-        with contextlib.suppress(ConnectionError):  # if this one has died, too
-            for pending in self.pending[index]:
-                self.connections[index].send(pending)
-
-    def replace(self, index):
-        """Say how an actor has died, and start its successor, or let the run end."""
-        self.processes[index].join()
-        code = self.processes[index].exitcode
-        problem = f"actor {index} died with exit code {code}"
-        if code == -signal.SIGALRM:
-            problem = f"actor {index} was stuck for {self.args.actor_timeout:g} s (--actor-timeout)"
-        self.restarts += 1
-        if self.restarts > self.args.max_actor_restarts:
-            self.stop_reasons.append(f"{problem}; --max-actor-restarts allows no more restarts")
-        else:
-            print(f"{problem}; restart {self.restarts}", file=sys.stderr, flush=True)
-            self.launch(index)
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
         are rollouts that have been copied out of their slots."""
         for rollout in freed:
             self.waiting[rollout % self.args.num_actors].append(rollout + self.num_slots)
-        for index, waiting in enumerate(self.waiting):
-            while waiting:
-                pending = ticket(self.args, waiting[0])
-                if pending[1] > newest:
-                    break
-                waiting.popleft()
-                self.pending[index].append(pending)
-                with contextlib.suppress(ConnectionError):  # of an actor that has died: its successor gets it
-                    self.connections[index].send(pending)
+        for connection, waiting in zip(self.connections, self.waiting, strict=True):
+            while waiting and ticket(self.args, waiting[0])[1] <= newest:
+                with contextlib.suppress(ConnectionError):  # the actor has died, as `collect` will see
+                    connection.send(ticket(self.args, waiting.popleft()))
 
     def collect(self, batch):
         """Block until the rollouts of a batch are there; returns what actors sent, lockstep in the order of the
@@ -653,15 +610,16 @@ class Actors:
             if self.args.lag_schedule == "async" and len(self.finished) >= size:
                 rollouts = list(self.finished)[:size]
             complete = all(rollout in self.finished for rollout in rollouts)
-            for connection in wait(self.connections, timeout=0 if complete else 0.5):
-                index = self.connections.index(connection)
+            for connection in wait(self.connections, timeout=0 if complete else 0.5):  # signals do not end a wait
                 try:
                     message = connection.recv()
-                except (EOFError, OSError):
-                    self.replace(index)
-                else:
-                    self.pending[index].popleft()
                     self.finished[message[0]] = message
+                except (EOFError, OSError):
+                    process = self.processes[self.connections.index(connection)]
+                    process.join()
+                    stuck = process.exitcode == -signal.SIGALRM
+                    end = "was stuck (--actor-timeout)" if stuck else f"died with exit code {process.exitcode}"
+                    self.stop_reasons.append(f"{process.name} {end}")
             if complete:
                 return [self.finished.pop(rollout) for rollout in rollouts]
         return []
@@ -675,25 +633,9 @@ class Actors:
             signal.signal(number, handler)
 
 
-def gather(value):
-    """The `value`s of all learners, in the order of their ranks: a list."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def average(tensor):
-    """The mean of a tensor over all learners, the same to the last bit in each; for one learner, the tensor itself."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-        tensor /= WORLD_SIZE
-    return tensor
-
-
 def check_finite(place, numbers):
-    """End the run if any of `numbers`, {name: array or tensor}, is not finite."""
-    broken = [name for name, value in numbers.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    """End the run if any of `numbers`, {name: tensor}, is not finite."""
+    broken = [name for name, value in numbers.items() if not torch.isfinite(value).all()]
     if broken:
         sys.exit(f"not finite: {', '.join(broken)} {place}")
 
@@ -701,37 +643,26 @@ def check_finite(place, numbers):
 def train(args):
     """Train a model and return it, as an `Agent`: a whole run, from the flags (`Args`) to the summary line. Raises
     SystemExit if the run ends early: after SIGINT or SIGTERM, or because of actors or numbers that fail."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        # Not torchrun's own store: after a restart, that one still has the addresses of the learners before
-        port = int(os.environ["MASTER_PORT"]) + 1
-        learner_store = dist.TCPStore(os.environ["MASTER_ADDR"], port, WORLD_SIZE, is_master=RANK == 0)
-        dist.init_process_group(store=learner_store, world_size=WORLD_SIZE, rank=RANK)
     new_folder = f"runs/{args.task}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     folder = os.path.normpath(args.resume or new_folder)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # after a restart by torchrun it is the same again
-        torchrun_store, _, _ = next(dist.rendezvous("env://"))
-        folder = torchrun_store.compare_set("folder", "", folder).decode()
-    if args.track and RANK == 0:
+    if args.track:
         import wandb
 
         run_id = os.path.basename(folder)
         wandb.init(id=run_id, name=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.learner_threads)
-    on_gpu = args.cuda and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     problems = Problems(args)
     model, tokenizer = load_language_model(args, problems)
     make_agent = partial(Agent, model.config, model.generation_config, tokenizer, args)
-    make_actor = partial(make_agent, device if args.actor_device == "cuda" else "cpu")
+    make_actor_agent = partial(make_agent, device if args.actor_device == "cuda" else "cpu")
     agent = make_agent()
     agent.model.load_state_dict(model.state_dict())
     del model
-    if args.model == "tiny":
-        if RANK == 0 and (args.kl_coef or not args.resume):  # a run that goes on has its own weights
-            warm_start(args, agent, problems)
-        agent.load_state_dict(gather(agent.state_dict())[0])  # the first learner's
+    if args.model == "tiny" and (args.kl_coef or not args.resume):  # a run that goes on has its own weights
+        warm_start(args, agent, problems)
     agent.to(device)
     reference = copy.deepcopy(agent) if args.kl_coef else None
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -754,9 +685,8 @@ def train(args):
     accuracies = []  # before training, and at each evaluation
     modules = {"agent": agent, "optimizer": optimizer, "store": store}
     checkpoint = f"{folder}/checkpoint.pt"
-    resumed = RANK == 0 and os.path.exists(checkpoint)
-    saved = gather(torch.load(checkpoint, map_location="cpu", weights_only=True) if resumed else None)[0]
-    if saved:
+    if args.resume:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
@@ -768,21 +698,17 @@ def train(args):
         """Write all that the run needs to go on. The file is whole at every moment: the old one or the new."""
         state = {name: module.state_dict() for name, module in modules.items()} | {"rng": torch.get_rng_state()}
         state |= {"args": vars(args), "global_step": global_step, "version": version, "accuracies": accuracies}
-        if RANK == 0:
-            torch.save(state, f"{checkpoint}.tmp")
-            os.replace(f"{checkpoint}.tmp", checkpoint)
+        torch.save(state, f"{checkpoint}.tmp")
+        os.replace(f"{checkpoint}.tmp", checkpoint)
 
-    if RANK == 0:
-        writer = SummaryWriter(folder, purge_step=version + 1 if saved else None)
-        writer.add_custom_scalars({"policy lag": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    actors = Actors(args, S, version, generator, make_actor, partial(Problems, args), store, completions)
+    writer = SummaryWriter(folder, purge_step=version + 1 if args.resume else None)
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    actors = Actors(args, S, version, generator, make_actor_agent, partial(Problems, args), store, completions)
     try:
-        if not saved:
+        if not args.resume:
             accuracies.append(accuracy(agent, problems, device))
-            if RANK == 0:
-                writer.add_scalar("charts/accuracy", accuracies[0], 0)
+            writer.add_scalar("charts/accuracy", accuracies[0], 0)
         first_step = global_step
         train_seconds = 0.0
         batch_start = time.perf_counter()
@@ -790,8 +716,7 @@ def train(args):
             # COLLECT a batch, copy it, and let its slots be filled again while we train
             wait_start = time.perf_counter()
             collected = actors.collect(batch=version)
-            stop_reasons = [reason for reasons in gather(actors.stop_reasons) for reason in reasons]
-            if stop_reasons:  # all learners end after the same batch
+            if actors.stop_reasons:
                 break
             learner_wait = time.perf_counter() - wait_start
             collected, versions, wait_times, act_times = map(list, zip(*collected, strict=True))
@@ -830,8 +755,6 @@ def train(args):
                     loss, logs = llm_minibatch(agent, args, b_advantages[mb], mb_inputs, *mb_logprobs)
                     optimizer.zero_grad()
                     loss.backward()
-                    for parameter in agent.parameters():
-                        average(parameter.grad)
                     logs["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                     minibatch_logs.append(logs)
@@ -844,19 +767,20 @@ def train(args):
             version += 1
             store.publish(agent, version)
             actors.issue(newest=version)
-            num_tokens = sum(gather(len(final_ratios)))
-            global_step += num_tokens
+            global_step += len(final_ratios)
 
-            # LOG, against batches: means over all learners
+            # LOG, against batches
             batch_seconds = time.perf_counter() - batch_start
             train_seconds += batch_seconds
             stops = torch.tensor(agent.model.generation_config.eos_token_id, device=device)
-            means |= {
+            scalars = means | {
                 "charts/reward": batch["rewards"].mean(),
                 "charts/cut": 1 - (torch.isin(b_tokens, stops) & b_mask).any(1).float().mean(),
                 "charts/completion_length": len(final_ratios) / len(b_mask),
                 "filter/groups_without_variance": without_variance,
+                "charts/learning_rate": lr,
                 "lag/versions_mean": version - 1 - np.mean(versions),
+                "lag/versions_max": version - 1 - min(versions),
                 "lag/tv_backward": 0.5 * (learner_ratios - 1).abs().mean(),
                 "lag/tv_forward": 0.5 * (final_ratios - learner_ratios).abs().mean(),
                 "lag/tv_total": 0.5 * (final_ratios - 1).abs().mean(),
@@ -867,11 +791,6 @@ def train(args):
                 "stats/update_time": batch_seconds - learner_wait,
                 "stats/queue_size": len(actors.finished),
             }
-            averages = average(torch.tensor(list(means.values()), dtype=torch.float64))
-            scalars = dict(zip(means, averages.tolist(), strict=True))
-            scalars["lag/versions_max"] = max(gather(version - 1 - min(versions)))
-            scalars["stats/actor_restarts"] = sum(gather(actors.restarts))
-            scalars["charts/learning_rate"] = lr
             scalars["charts/tokens_per_second"] = (global_step - first_step) / train_seconds
             if version % args.eval_interval == 0 or version == args.total_batches:
                 accuracies.append(accuracy(agent, problems, device))
@@ -881,14 +800,12 @@ def train(args):
                 answers = agent.decode(b_tokens[shown], b_mask[shown])
                 rows = zip(questions, answers, batch["rewards"][shown], strict=True)
                 lines = [f"|{question!r}|{answer!r}|{reward:.2f}|" for question, answer, reward in rows]
-                if RANK == 0:
-                    writer.add_text("samples", "\n".join(["|prompt|completion|reward|\n|-|-|-|", *lines]), version)
-            if RANK == 0:
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, version)
+                writer.add_text("samples", "\n".join(["|prompt|completion|reward|\n|-|-|-|", *lines]), version)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, version)
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
-            if RANK == 0 and not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
+            if not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
                 measured = "lag/tv_forward" if args.tv_anchor == "learner" else "lag/tv_total"
                 names = ("charts/tokens_per_second", "charts/reward", "lag/versions_mean", measured)
                 speed, reward, lag, tv = (scalars[name] for name in names)
@@ -898,21 +815,17 @@ def train(args):
         save()
     finally:
         actors.stop()
-        if RANK == 0:
-            writer.close()
+        writer.close()
     if version < args.total_batches:
         with contextlib.suppress(OSError):  # Ctrl-C may have ended what the output is piped to
             print(f"stopped at batch {version}; --resume {folder} goes on from there", file=sys.stderr)
-        sys.exit(stop_reasons[0])
-    if RANK == 0:
-        change = f"{accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} held-out problems"
-        print(f"{args.task}, seed {args.seed}: accuracy {change} after {version} batches; logs in {folder}")
-        if args.save_model:
-            agent.model.save_pretrained(f"{folder}/model")
-            agent.tokenizer.save_pretrained(f"{folder}/model")
-            print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.exit(actors.stop_reasons[0])
+    change = f"{accuracies[0]:.1%} -> {accuracies[-1]:.1%} of {len(problems.test)} held-out problems"
+    print(f"{args.task}, seed {args.seed}: accuracy {change} after {version} batches; logs, weights: {folder}")
+    if args.save_model:
+        agent.model.save_pretrained(f"{folder}/model")
+        agent.tokenizer.save_pretrained(f"{folder}/model")
+        print(f"model saved; to evaluate it: python benchmark/evaluate.py {folder}")
     return agent
 
 
@@ -921,5 +834,5 @@ if __name__ == "__main__":
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
         saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
-        options["default"] = Args(**saved["args"])
+        options["default"] = Args(**saved["args"] | {"resume": resume[1]})
     train(tyro.cli(Args, description=__doc__, **options))

@@ -3,7 +3,6 @@
     python benchmark/alone.py learner vaco_async_mujoco --seconds 30 [any flag of the script]
     python benchmark/alone.py actors vaco_async_atari --seconds 30 --bf16
     python benchmark/alone.py envpool vaco_async_atari --seconds 30
-    torchrun --standalone --nproc-per-node 2 benchmark/alone.py learner vaco_async_mujoco    # of all learners together
 
 `learner` trains over and over on the rollouts of the first batch, which are there at once; `actors` collects batches
 with the first policy and throws them away; `envpool` steps the same environments with random actions, one process per
@@ -29,35 +28,20 @@ class Done(Exception):
     """Time is up; the message is the result."""
 
 
-def sent():
-    """Bytes that the network devices of this machine have sent so far, loopback included."""
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
-    return sum(int(line.partition(":")[2].split()[8]) for line in lines)
-
-
 def alone(script, part, seconds):
     """`script.Actors` with the other side taken away, which raises Done after some seconds."""
 
     class Alone(script.Actors):
         batches, begun, messages = 0, None, None
 
-        def __init__(self, args, num_slots, version, target, make_agent, *arguments):
-            super().__init__(args, num_slots, version, target, make_agent, *arguments)
-            print(f"{sum(parameter.numel() for parameter in make_agent().parameters())} parameters")
-
         def count(self):
             self.batches += 1
             if self.batches == WARM_UP:
-                self.begun, self.sent = time.perf_counter(), sent()
-            elif self.begun and any(script.gather(time.perf_counter() - self.begun > seconds)):
+                self.begun = time.perf_counter()
+            elif self.begun and time.perf_counter() - self.begun > seconds:
                 args, batches = self.args, self.batches - WARM_UP
-                samples = args.rollouts_per_batch * args.num_steps * args.num_envs * script.WORLD_SIZE
-                result = f"{part} alone: {batches * samples / (time.perf_counter() - self.begun):.0f} steps/s"
-                if script.WORLD_SIZE > 1:
-                    steps = batches * args.update_epochs * args.num_minibatches
-                    steps *= int(os.environ["LOCAL_WORLD_SIZE"])  # learners whose bytes this host has sent
-                    result += f", {(sent() - self.sent) / steps:.0f} bytes sent per learner and gradient step"
-                raise Done(result)
+                samples = args.rollouts_per_batch * args.num_steps * args.num_envs
+                raise Done(f"{part} alone: {batches * samples / (time.perf_counter() - self.begun):.0f} steps/s")
 
         def collect(self, batch):
             if part == "actors":
@@ -110,8 +94,7 @@ def main():
     try:
         script.train(replace(args, exp_name=f"{part}_alone", total_timesteps=10**9))
     except Done as done:
-        if script.RANK == 0:
-            print(done)
+        print(done)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 seeds=3 steps=1000000
 source "$(dirname "$0")/options.sh"
 env=Pong-v5 lags="0 8"
+export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 # docs/atari.md
 [ $smoke ] && lags="0" steps=2048
 untrained=$((steps / 10))
 common=(--out "$results/$study.jsonl" --env-ids $env)

@@ -92,16 +92,6 @@ class Args:
     dry_run: bool = False  # only print the commands of the runs that are missing
 
 
-def is_atari(env_id):
-    sys.path.insert(0, str(REPOSITORY))
-    from vaco_async_atari import atari_actions
-
-    try:
-        return bool(atari_actions(env_id))
-    except ValueError:
-        return False
-
-
 def command_of(method, env_id, seed, lag, args):
     """The command line of one run, a list from the script's name on. Exits with code 2 if no such method is known."""
     names = [name for name in METHODS if method == name or method.startswith(f"{name} --")]
@@ -113,6 +103,9 @@ def command_of(method, env_id, seed, lag, args):
         task, length, defaults = "--task", "--total-batches", {}
     else:
         task, length = "--env-id", "--total-timesteps"
+        sys.path.insert(0, str(REPOSITORY))
+        from vaco_async_atari import is_atari
+
         atari = is_atari(env_id)
         defaults = {"domain": "atari" if atari else "mujoco", "epochs": 16 if atari else 20}
         defaults["rate"] = 6e-4 if atari else 3e-4

@@ -1,19 +1,15 @@
 """The baselines' losses by hand, with their gradients; what they have in common with VACO; both domains end to end."""
 
-import importlib
 import multiprocessing as mp
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, read_curves
+from conftest import read_curves
 from test_algorithm import gae_by_episode, make_columns, vtrace_by_definition
 
 import impala_baseline
@@ -289,15 +285,6 @@ def test_without_filter_vaco_is_stop_that_never_stops():
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_target_kl_leaves_out_passes():
-    args = ppo.Args(**SMALL, lag_schedule="fixed")
-    full, once = (state_of(ppo.train(replace(args, update_epochs=epochs))) for epochs in (2, 1))
-    stopped, unstopped = (state_of(ppo.train(replace(args, target_kl=kl))) for kl in (0.0, 1e6))
-    assert all(torch.equal(stopped[name], once[name]) for name in once)
-    assert all(torch.equal(unstopped[name], full[name]) for name in full)
-    assert not torch.equal(full["actor_mean.0.weight"], once["actor_mean.0.weight"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "own"),
@@ -384,21 +371,17 @@ def test_a_resumed_run_goes_on_with_its_kl_coefficient():
 
 @both_scripts
 def test_the_domain_decides_the_defaults(script):
-    continuous, atari = script.Args(), script.Args(env_id="Pong-v5", learning_rate=1e-5)
-    for name, values in script.DEFAULTS.items():
-        assert getattr(continuous, name) == values[0]
-        assert getattr(atari, name) == (1e-5 if name == "learning_rate" else values[1])
+    continuous, atari = vars(script.Args()), vars(script.Args(env_id="Pong-v5", learning_rate=1e-5))
+    assert continuous.items() >= script.CONTINUOUS.items()
+    assert atari.items() >= (script.ATARI | {"learning_rate": 1e-5}).items()
 
 
 BAD = [
     (ppo, {"clip_coef": -0.1}, "--clip-coef -0.1"),
-    (ppo, {"target_kl": -1.0}, "--target-kl -1.0"),
-    (ppo, {"env_id": "Pong-v5", "compile": True}, "--compile"),
-    (ppo, {"learner_threads": 0}, "--learner-threads 0"),
     (ppo, {"env_id": "Pung-v5"}, "--env-id Pung-v5"),
     (ppo, {"env_id": "CartPole-v1"}, "--env-id CartPole-v1"),
-    (ppo, {"env_id": "Pong-v5", "num_minibatches": 7}, "--num-minibatches 7"),
-    (impala_baseline, {"num_minibatches": 3}, "--num-minibatches 3"),
+    (ppo, {"env_id": "Pong-v5", "num_minibatches": 700}, "--num-minibatches 700"),
+    (impala_baseline, {"num_minibatches": 17}, "--num-minibatches 17"),
     (impala_baseline, {"lag": 3}, "--lag-schedule fixed"),
 ]
 
@@ -439,14 +422,3 @@ def test_impala_learns_to_balance_the_pendulum():
     impala_baseline.train(args)
     returns = read_curves(".")["charts/episodic_return"]
     assert returns[0] < 30 and np.mean(returns[-5:]) > 100
-
-
-@pytest.mark.parametrize("script", ["ppo_async_baseline", "impala_baseline"])
-def test_the_program_takes_the_defaults_of_the_domain(script):
-    flags = "--env-id Pong-v5 --num-actors 1 --num-envs 2 --num-steps 8 --rollouts-per-batch 2 --total-timesteps 1"
-    subprocess.run([sys.executable, REPOSITORY / f"{script}.py", *flags.split()], check=True)
-    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
-    trained = torch.load(checkpoint, weights_only=True)["args"]
-    expected = importlib.import_module(script).Args(env_id="Pong-v5", num_envs=2, num_steps=8, rollouts_per_batch=2)
-    assert trained["learning_rate"] == expected.learning_rate < 1e-3
-    assert trained["num_minibatches"] == expected.num_minibatches <= 4

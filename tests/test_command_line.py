@@ -15,10 +15,9 @@ from vaco_async_mujoco import Args
 AT_LEAST_ONE = ("total_timesteps", "num_actors", "num_envs", "num_steps", "rollouts_per_batch", "num_minibatches")
 BAD = [
     *({name: 0} for name in (*AT_LEAST_ONE, "update_epochs")),
-    *({name: -1} for name in ("num_actors", "lag", "seed", "checkpoint_interval", "max_actor_restarts")),
+    *({name: -1} for name in ("num_actors", "lag", "seed", "checkpoint_interval")),
     *({name: -0.1} for name in ("learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")),
     *({name: -0.1} for name in ("rho_bar", "c_bar", "tv_threshold")),
-    {"num_minibatches": 33},  # does not divide 2048 samples
     {"num_minibatches": 1024},  # minibatches of 2 samples
     {"lag": 4},  # without a lockstep schedule
     {"resume": "nowhere"},
@@ -47,10 +46,9 @@ def test_every_flag_has_a_help_text(capsys):
         assert len(help_text.split()) > 2, f"--{field.name} has no help text"
 
 
-def test_without_docstrings_and_with_empty_variables_of_launchers_there_is_help():
+def test_without_docstrings_there_is_help():
     command = [sys.executable, "-OO", REPOSITORY / "vaco_async_mujoco.py", "--help"]
-    environment = os.environ | {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}
-    assert subprocess.run(command, capture_output=True, env=environment).returncode == 0
+    assert subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_without_docstrings_and_with_empty_variables_of_launchers_there_is_help(
         ("vaco_async_mujoco", ["--no-such-flag", "1"], "--help"),
         ("vaco_async_atari", ["--env-id", "Pang-v5"], "Pong-v5"),
         ("ppo_async_baseline", ["--env-id", "BreakoutNoFrameskip-v4"], "BreakoutNoFrameskip"),
-        ("impala_baseline", ["--num-minibatches", "5"], "16 sequences"),
+        ("impala_baseline", ["--num-minibatches", "17"], "16 sequences"),
     ],
 )
 def test_the_program_exits_with_2_and_leaves_nothing(script, flags, advice):

@@ -26,19 +26,19 @@ from vaco_async_mujoco import (
 )
 
 
-def run_actor(args, index, attempt, tickets, *arguments):
+def run_actor(args, index, first_version, tickets, *arguments):
     """The function of an actor process, called here; it ends with the tickets. Returns what it has sent."""
     learner = mock.Mock()
     learner.recv.side_effect = [*tickets, EOFError]
     threads = torch.get_num_threads()
     # Without handlers, timers, and the thread that waits for the end of the learner
     with mock.patch.multiple(vaco_async_mujoco, signal=mock.Mock(), threading=mock.Mock()), pytest.raises(EOFError):
-        actor(args, index, attempt, *arguments, learner)
+        actor(args, index, first_version, *arguments, learner)
     torch.set_num_threads(threads)
     return [call.args[0] for call in learner.send.call_args_list]
 
 
-def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None, index=0, attempt=0):
+def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None, index=0, first_version=0):
     """Slots filled by an actor, {field: [slots, T (obs: T + 1), C, ...]}, with the agent and what the actor sent."""
     obs_size, action_size = continuous_sizes(env_id)
     torch.manual_seed(0)
@@ -51,14 +51,14 @@ def collect(env_id, num_steps, num_envs, num_rollouts=1, seed=3, agent=None, ind
     rollouts["obs"] = torch.zeros(num_rollouts, num_steps + 1, num_envs, obs_size)
     rollouts["actions"] = torch.zeros(*shape, action_size)
     args = Args(num_envs=num_envs, num_steps=num_steps, num_minibatches=1)
-    tickets = [(rollout, LATEST, rollout) for rollout in range(num_rollouts)]
+    tickets = [(rollout, LATEST) for rollout in range(num_rollouts)]
     given_seed = seed  # so that tests can make the same environments
 
     def make_envs(seed):
         return ContinuousEnvs(env_id, num_envs, given_seed)
 
     make_agent = partial(MlpAgent, obs_size, action_size)
-    messages = run_actor(args, index, attempt, tickets, make_agent, make_envs, store, rollouts)
+    messages = run_actor(args, index, first_version, tickets, make_agent, make_envs, store, rollouts)
     assert [message[:2] for message in messages] == [(rollout, 0) for rollout in range(num_rollouts)]
     return SimpleNamespace(**rollouts), agent, messages
 
@@ -241,20 +241,19 @@ def test_actions_between_finite_bounds_are_scaled_and_all_are_clipped():
         np.testing.assert_allclose(envs.obs, [expected], rtol=1e-6)
 
 
-def test_every_actor_draws_from_generators_of_its_own(monkeypatch):
-    """Of every learner, and the successors of actors, and the same in another run; environments, too."""
+def test_every_actor_draws_from_generators_of_its_own():
+    """Other ones where a run goes on, and the same in another run; environments, too."""
     runs = []
     for _ in range(2):
         starts, actions = [], []
-        for rank, index, attempt in ((0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0), (0, 0, 1), (1, 0, 0)):
-            monkeypatch.setattr(vaco_async_mujoco, "RANK", rank)
-            rollouts, *_ = collect("Echo-v0", num_steps=2, num_envs=2, index=index, attempt=attempt)
+        for index, first_version in ((0, 0), (1, 0), (2, 0), (3, 0), (0, 1)):
+            rollouts, *_ = collect("Echo-v0", num_steps=2, num_envs=2, index=index, first_version=first_version)
             starts += rollouts.obs[0, 0].tolist()
             actions += rollouts.actions[0, 0].tolist()
         runs.append((starts, actions))
     assert runs[0] == runs[1]
     for drawn in runs[0]:
-        assert len(np.unique(drawn, axis=0)) == 6 * 2
+        assert len(np.unique(drawn, axis=0)) == 5 * 2
 
 
 def test_store_returns_what_was_published():
@@ -316,13 +315,13 @@ def test_publication_is_atomic_under_contention():
         torch.set_num_threads(threads)
 
 
-def test_tickets_are_the_schedules_definition(monkeypatch):
+def test_tickets_are_the_schedules_definition():
     def versions(args, rollouts):
         return [ticket(args, rollout)[1] for rollout in rollouts]
 
     args = Args(rollouts_per_batch=2, lag_schedule="fixed", lag=3)
     assert versions(args, range(12)) == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
-    assert ticket(Args(), 1000) == (1000, LATEST, 1000)
+    assert ticket(Args(), 1000) == (1000, LATEST)
     args = Args(rollouts_per_batch=4, lag_schedule="mixture", lag=7, seed=5)
     lags = np.arange(40, 8040) // 4 - versions(args, range(40, 8040))
     counts = np.bincount(lags)
@@ -330,15 +329,6 @@ def test_tickets_are_the_schedules_definition(monkeypatch):
     early = versions(args, range(16))
     assert all(0 <= version <= rollout // 4 for rollout, version in enumerate(early))
     assert early != versions(Args(rollouts_per_batch=4, lag_schedule="mixture", lag=7, seed=6), range(16))
-
-    # Two learners number their rollouts as one does that has both their batches, and draw the same versions
-    both = [ticket(Args(rollouts_per_batch=8, lag_schedule="mixture", lag=7, seed=5), n)[1:] for n in range(80)]
-    monkeypatch.setattr(vaco_async_mujoco, "WORLD_SIZE", 2)
-    numbered = []
-    for rank in (0, 1):
-        monkeypatch.setattr(vaco_async_mujoco, "RANK", rank)
-        numbered += [ticket(args, rollout)[1:] for rollout in range(40)]
-    assert sorted(numbered, key=lambda sent: sent[1]) == both
 
 
 class FakeActor:
@@ -353,7 +343,7 @@ class FakeActor:
         self.busy = set()
 
     def send(self, sent):
-        rollout, version, _ = sent
+        rollout, version = sent
         assert rollout % self.args.num_actors == self.index and rollout % self.num_slots not in self.busy
         oldest = self.newest - self.args.lag
         assert version <= self.newest and (version == LATEST or version >= oldest)  # is in the store
@@ -361,8 +351,8 @@ class FakeActor:
         self.tickets.append(sent)
 
     def recv(self):
-        rollout, version, number = self.tickets.pop(0)
-        return rollout, self.newest if version == LATEST else version, number, self
+        rollout, version = self.tickets.pop(0)
+        return rollout, self.newest if version == LATEST else version, self
 
 
 @pytest.mark.parametrize("schedule", ["async", "fixed", "mixture"])
@@ -376,9 +366,8 @@ def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch, m
     num_slots = num_actors * -(-rollouts_per_batch // num_actors)
     rng, first = np.random.default_rng(num_actors), 7
 
-    def launch(self, index):
-        self.connections[index] = FakeActor(index, args, num_slots, newest=first)
-        self.processes[index] = mock.Mock()
+    fakes = (FakeActor(index, args, num_slots, newest=first) for index in range(num_actors))
+    context = mock.Mock(Pipe=lambda: (next(fakes), mock.Mock()))
 
     def wait(connections, timeout):
         ready = [connection for connection in connections if connection.tickets]
@@ -387,7 +376,7 @@ def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch, m
             return []
         return rng.choice(ready, size=rng.integers(1, len(ready) + 1), replace=False)
 
-    monkeypatch.setattr(Actors, "launch", launch)
+    monkeypatch.setattr(vaco_async_mujoco.mp, "get_context", lambda method: context)
     monkeypatch.setattr(vaco_async_mujoco, "wait", wait)
     actors = Actors(args, num_slots, first, None)
     lags, seen = [], []
@@ -395,10 +384,10 @@ def test_tickets_whatever_the_timing(schedule, num_actors, rollouts_per_batch, m
         for batch in range(first, first + 60):
             messages = actors.collect(batch)
             assert len(messages) == rollouts_per_batch
-            for place, (rollout, version, number, connection) in enumerate(messages):
+            for place, (rollout, version, connection) in enumerate(messages):
                 if schedule != "async":
                     assert rollout == batch * rollouts_per_batch + place
-                    assert (rollout, version, number) == ticket(args, rollout)
+                    assert (rollout, version) == ticket(args, rollout)
                 connection.busy.remove(rollout % num_slots)
                 lags.append(batch - version)
                 seen.append(rollout)

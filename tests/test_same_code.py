@@ -10,13 +10,13 @@ from conftest import REPOSITORY
 
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 OWN = {"Args", "train"}  # what every script has for itself
-EVERYWHERE = {"PolicyStore", "Actors", "ticket", "gather", "average", "check_finite"}
-MOST_LINES = {  # the aim is 700, for two domains 800
-    "vaco_async_mujoco": 776,
-    "vaco_async_atari": 755,
-    "impala_baseline": 900,
-    "ppo_async_baseline": 955,
-    "vaco_async_llm": 925,  # a model, tasks and a warm start, too
+EVERYWHERE = {"PolicyStore", "Actors", "ticket", "check_finite"}
+MOST_LINES = {
+    "vaco_async_mujoco": 700,
+    "vaco_async_atari": 700,
+    "impala_baseline": 800,  # two domains
+    "ppo_async_baseline": 800,
+    "vaco_async_llm": 850,  # a model, tasks and a warm start, too
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 

@@ -37,7 +37,7 @@ TAGS = {
     "losses": {"policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "explained_variance", "grad_norm"},
     "lag": {"versions_mean", "versions_max", "tv_backward", "tv_forward", "tv_total", "ess"},
     "filter": {"gate_open", "dropped"},
-    "stats": {"actor_wait", "learner_wait", "rollout_time", "update_time", "queue_size", "actor_restarts"},
+    "stats": {"actor_wait", "learner_wait", "rollout_time", "update_time", "queue_size"},
 }
 
 
