@@ -24,7 +24,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.connection import wait
-from typing import Literal
+from typing import Literal, get_args
 
 import envpool
 import gymnasium as gym
@@ -92,6 +92,9 @@ class Args:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for name, value in vars(self).items():
+            choices = get_args(Args.__annotations__[name]) or (Args.__annotations__[name],)  # of a Literal, or types
+            if value not in choices and type(value) not in (*choices, int):
+                raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {int(lowest)}")
@@ -496,8 +499,7 @@ class Actors:
             learner.close()  # so that the pipe ends with the actor
             self.processes.append(process)
             self.connections.append(connection)
-        first = version * args.rollouts_per_batch
-        self.issue(version, range(first - num_slots, first))
+        self.issue(version, [version * args.rollouts_per_batch - number for number in range(num_slots, 0, -1)])
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):

@@ -6,7 +6,6 @@ GAE by the learner's critic, on data as old as it is; with `--align` they are V-
     python ppo_async_baseline.py                                                # PPO-clip, HalfCheetah-v4
     python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8  # PPO-KL, lag
     python ppo_async_baseline.py --env-id Pong-v5                               # Atari, with its own defaults
-    python ppo_async_baseline.py --lag-schedule fixed --lag 0 --num-actors 1    # synchronous PPO
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.connection import wait
-from typing import Literal
+from typing import Literal, get_args
 
 import envpool
 import gymnasium as gym
@@ -88,7 +87,6 @@ class Args:
     clip_coef: float | None = None  # clip, geppo, decoupled: how far the ratio may go
     tv_threshold: float | None = None  # stop: the budget on 1/2 mean |pi/beta - 1|, as VACO's
     kl_target: float = 0.03  # kl: what KL(beta, pi) per batch is steered to; a Gaussian TV of 0.1 is a KL of 0.032
-    kl_coef: float = 1.0  # kl: the penalty's coefficient b at the start; doubled and halved, it follows kl_target
     spo_eps: float = 0.2  # spo: the surrogate of a sample is largest at a ratio of 1 + sign(A) spo_eps
 
     def __post_init__(self):
@@ -96,6 +94,9 @@ class Args:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for name, value in vars(self).items():
+            choices = get_args(Args.__annotations__[name]) or (Args.__annotations__[name],)  # of a Literal, or types
+            if value not in choices and type(value) not in (*choices, int):
+                raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {int(lowest)}")
@@ -509,8 +510,7 @@ class Actors:
             learner.close()  # so that the pipe ends with the actor
             self.processes.append(process)
             self.connections.append(connection)
-        first = version * args.rollouts_per_batch
-        self.issue(version, range(first - num_slots, first))
+        self.issue(version, [version * args.rollouts_per_batch - number for number in range(num_slots, 0, -1)])
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):
@@ -627,7 +627,7 @@ def train(args):
         torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
         compute_gradient = torch.compile(gradient, dynamic=True)
     # A tensor: --compile would take a number for a constant
-    kl_coef = torch.tensor(args.kl_coef, dtype=torch.float32, device=device)
+    kl_coef = torch.ones((), device=device)
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 

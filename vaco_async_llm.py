@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, cached_property, partial
 from multiprocessing.connection import wait
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import reasoning_gym
@@ -119,6 +119,9 @@ class Args:
             "learner_t",
         )
         for name, value in vars(self).items():
+            choices = get_args(Args.__annotations__[name]) or (Args.__annotations__[name],)  # of a Literal, or types
+            if value not in choices and type(value) not in (*choices, int):
+                raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = {"group_size": 2, "temperature": 0.001}.get(name, int(name.startswith(at_least_1)))
             if type(value) in (int, float) and not value >= lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
@@ -584,8 +587,7 @@ class Actors:
             learner.close()  # so that the pipe ends with the actor
             self.processes.append(process)
             self.connections.append(connection)
-        first = version * args.rollouts_per_batch
-        self.issue(version, range(first - num_slots, first))
+        self.issue(version, [version * args.rollouts_per_batch - number for number in range(num_slots, 0, -1)])
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):

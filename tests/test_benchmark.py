@@ -174,19 +174,19 @@ def test_the_tables_of_the_documents_are_those_of_the_results(document):
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_was_and_names_what_failed():
-    study = [*RUN, "--steps", "256", SHORT, "--methods", "VACO", "VACO --num-minibatches 3"]
+    study = [*RUN, "--steps", "256", SHORT, "--methods", "VACO", "VACO --num-minibatches 33"]
     first = bash(*study)
     assert first.returncode == 1
     assert "FAILED: vaco_async_mujoco.py --env-id Hopper-v4" in first.stderr + first.stdout
-    assert "must split 128 samples" in first.stderr + first.stdout and "1 of 2 runs failed" in first.stderr
+    assert "must leave 4 of 128 samples" in first.stderr + first.stdout and "1 of 2 runs failed" in first.stderr
     (log,) = Path("results.jsonl.logs").iterdir()
-    assert "must split 128 samples" in log.read_text() and str(log) in first.stderr + first.stdout
+    assert "must leave 4 of 128 samples" in log.read_text() and str(log) in first.stderr + first.stdout
     lines = Path("results.jsonl").read_text()
     assert len(lines.splitlines()) == 1 and json.loads(lines)["method"] == "VACO"
     assert json.loads(lines)["evaluation"].keys() == {"deterministic", "sampled"}
     assert bash(*study, "--dry-run").stdout.splitlines() == [
         "vaco_async_mujoco.py --env-id Hopper-v4 --seed 1 --total-timesteps 256 --lag-schedule mixture --lag 0 "
-        "--num-actors 1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --num-minibatches 3"
+        "--num-actors 1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --num-minibatches 33"
     ]
     again = bash(*RUN, "--steps", "256", SHORT, "--methods", "VACO")  # nothing is missing
     assert again.returncode == 0 and Path("results.jsonl").read_text() == lines

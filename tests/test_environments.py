@@ -50,7 +50,7 @@ def test_what_cannot_be_used_says_why_in_one_line():
     gym.register("Sampled-v0", odd_envs.Sampled, kwargs={"space": gym.spaces.Sequence(ONE)})
     reasons = {
         "Sampled-v0": "",  # gymnasium's reasons for what it cannot flatten are not always good ones
-        "odd_envs:Unmade-v0": "RuntimeError: licence server does not answer",
+        "odd_envs:Unmade-v0": "RuntimeError.*licence server",
         "CartPole-v1": r"its actions are Discrete\(2\)",
         "nowhere:Env-v0": "ModuleNotFoundError",
     }

@@ -550,7 +550,7 @@ def test_every_schedule_trains_to_the_end(schedule, lag, warm_model, monkeypatch
     events = EventAccumulator(str(run))
     events.Reload()
     assert "samples/text_summary" in events.Tags()["tensors"]
-    assert f"logs in {run}" in capsys.readouterr().out.splitlines()[-1]
+    assert f"logs, weights: {run}" in capsys.readouterr().out.splitlines()[-1]
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     assert saved["global_step"] == sum(batch.mask.sum().item() for batch in batches)
     assert not mp.active_children()
@@ -689,7 +689,6 @@ BAD = [
     ({"task_config": '{"terms": 2}'}, "cannot make problems"),
     ({"lag": 4, "lag_schedule": "async"}, "needs --lag-schedule fixed"),
     ({"group_size": 1}, "--group-size 1: must be at least 2"),
-    ({"warm_start_batches": 0}, "--warm-start-batches 0: must be at least 1"),
     ({"learning_rate": -1.0}, "--learning-rate -1.0: must be at least 0"),
     ({"temperature": 0.0}, "--temperature 0.0: must be at least 0.001"),
     ({"num_minibatches": 100}, "--num-minibatches 100: a batch has not so many completions"),

@@ -253,7 +253,7 @@ def test_train_computes_what_it_logs_from_the_right_rows(env_id, monkeypatch, on
         calls = filtered[v * per_batch : (v + 1) * per_batch]
         sizes = [len(ratios) for (ratios, *_), _ in calls]
         assert sum(sizes) == args.update_epochs * batch.valid.sum() and max(sizes) - min(sizes) <= 1
-        for (_, mb_advantages, threshold, anchors, _), _ in calls:
+        for (_, mb_advantages, threshold, anchors), _ in calls:
             assert abs(mb_advantages.mean()) < 1e-5 and abs(mb_advantages.std(correction=0) - 1) < 1e-3
             assert threshold == 0.02 and anchors == 1.0
 
