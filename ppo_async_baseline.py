@@ -36,7 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 LATEST = -1  # as a ticket's version: the newest one at the moment the rollout begins
 # What flags are that are None: CleanRL's values, but for 16 environments of 128 steps in place of 1 of 2048
 CONTINUOUS = {"total_timesteps": 1_000_000, "num_envs": 16, "update_epochs": 10, "num_minibatches": 32}
-CONTINUOUS |= {"learning_rate": 3e-4, "ent_coef": 0.0, "clip_coef": 0.2, "tv_threshold": 0.2}
+CONTINUOUS |= {"learning_rate": 3e-4, "ent_coef": 0.0, "clip_coef": 0.2, "tv_threshold": 0.1}
 ATARI = {"total_timesteps": 10_000_000, "num_envs": 8, "update_epochs": 4, "num_minibatches": 4}
 ATARI |= {"learning_rate": 2.5e-4, "ent_coef": 0.01, "clip_coef": 0.1, "tv_threshold": 0.05}
 

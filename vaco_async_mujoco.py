@@ -81,7 +81,7 @@ class Args:
     rho_bar: float = 1.0  # V-trace: upper bound of the importance weight of a temporal difference
     c_bar: float = 1.0  # V-trace: upper bound of the importance weight by which a trace is carried on
     filter: bool = True  # if toggled, gradients that raise the total variation are dropped while it is over budget
-    tv_threshold: float = 0.2  # the budget on 1/2 mean |pi/beta - 1|, THE 1/2 INCLUDED: 0.1 for one of 0.2 without it
+    tv_threshold: float = 0.1  # the budget on 1/2 mean |pi/beta - 1|, THE 1/2 INCLUDED (docs/algorithm.md)
     # measured from the policy that acted (backward and forward lag), or the learner's at the batch's arrival (forward)
     tv_anchor: Literal["behavior", "learner"] = "behavior"
 

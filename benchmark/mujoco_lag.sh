@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# The lag study: every method with data of the last 1, 5 or 17 policies (mixture, lag 0, 4, 16), equal data and networks.
+# Part B of PROTOCOL.md: VACO and its rivals, each at the width that part A chose, with data of the last 1, 5 or 17 policies.
 #   bash benchmark/mujoco_lag.sh [--seeds 5] [--steps 300000] [--workers 2] [--out FOLDER] [--smoke]
 seeds=5 steps=300000
 source "$(dirname "$0")/options.sh"
-envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4" lags="0 4 16"
-main=("VACO" "PPO-clip" "SPO" "decoupled PPO" "IMPALA")
-more=("PPO-KL" "IMPALA, 1 epoch" "VACO, no filter" "VACO, no alignment") # with three seeds
-[ $smoke ] && envs="Hopper-v4" lags="0 4" main=("VACO") more=()
+envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4" lags="0 4 16"
+methods=("VACO" "VACO --tv-anchor learner" "PPO-clip --clip-coef 0.6" "PPO-KL --kl-target 0.12" "decoupled PPO" "GePPO")
+methods+=("PPO-clip")
+[ $smoke ] && envs="Hopper-v4" lags="0 4" methods=("VACO")
 actors="--num-actors 8 --num-envs 2 --num-steps 128 --rollouts-per-batch 8"
-few=$((seeds < 3 ? seeds : 3))
-common=(--out "$results/$study.jsonl" --env-ids $envs --flags="$actors")
-run "${common[@]}" --methods "untrained" --lags 0 --seeds 1
-common+=(--lags $lags)
-run "${common[@]}" --methods "${main[@]}" "${more[@]}" --seeds $(seq 1 $few)
-[ "$seeds" -le "$few" ] || run "${common[@]}" --methods "${main[@]}" --seeds $(seq $((few + 1)) "$seeds")
+common=(--out "$results/$study.jsonl" --env-ids $envs)
+run "${common[@]}" --methods "untrained" --seeds 1 --steps $((steps / 3)) --flags="$actors"
+for seed in $(seq 4 $((seeds + 3))); do # each complete before the next begins
+    run "${common[@]}" --methods "${methods[@]}" --lags $lags --seeds "$seed" --flags="$actors --compile"
+done
 plot "$results/$study.jsonl"

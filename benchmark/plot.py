@@ -509,7 +509,9 @@ def plot_width(results):
             ax.plot(tv, value, label=family, **styles[family])
             ax.vlines(tv, low, high, color=styles[family]["color"], linewidth=1)
             ends[family] = tv[-1], value[-1]
-        ax.set_xlim(left=0)
+        ax.set_xscale("log")  # some are ten times as wide as others
+        ax.set_xticks([0.03, 0.1, 0.3, 1], ["0.03", "0.1", "0.3", "1"])
+        ax.minorticks_off()
         clean(ax, results.at(x), size=9, ylabel="normalised return" * (ax is axes[0, 0]))
         ax.set_xlabel("total variation after the updates", fontsize=9)
         label_ends(ax, ends, styles)

@@ -66,7 +66,7 @@ def calls_of(study, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["base", "width", "mujoco_lag", "ablation", "atari_lag"])
+@pytest.mark.parametrize("study", ["base", "width", "mujoco_lag", "atari_lag"])
 def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, capsys):
     """All commands of the study's script, with results made up instead of runs."""
     random = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_the_runs_of_every_study_are_valid_and_can_be_drawn(study, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["base"])
+@pytest.mark.parametrize("study", ["base", "width"])
 def test_the_tables_are_those_of_the_recorded_runs(study, monkeypatch):
     calls = [flags for program, *flags in calls_of(study, monkeypatch) if program.endswith("plot.py")]
     assert calls
@@ -571,7 +571,7 @@ def test_few_seeds_and_missing_cells_are_said():
 
 
 def test_a_flag_of_the_methods_can_be_the_x_axis():
-    """As in benchmark/ablation.sh: more and more updates at lag 0, budgets and other parts at lag 8."""
+    """More and more updates at lag 0; budgets and other parts at lag 8."""
     epochs = {
         (f"{method} --update-epochs {n}", "A", 0): [n * scale] * 3
         for n in (1, 4, 10, 20)
