@@ -22,7 +22,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.connection import wait
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import envpool
 import gymnasium as gym
@@ -93,8 +93,8 @@ class Args:
         for name, value in (ATARI if is_atari(self.env_id) else CONTINUOUS).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name, value in vars(self).items():
-            choices = get_args(Args.__annotations__[name]) or (Args.__annotations__[name],)  # of a Literal, or types
+        for (name, value), hint in zip(vars(self).items(), get_type_hints(type(self)).values(), strict=True):
+            choices = get_args(hint) or (hint,)  # of a Literal, or types
             if value not in choices and type(value) not in (*choices, int):
                 raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))

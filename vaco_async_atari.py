@@ -29,7 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import envpool
 import numpy as np
@@ -89,8 +89,8 @@ class Args:
     tv_anchor: Literal["behavior", "learner"] = "behavior"
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            choices = get_args(Args.__annotations__[name]) or (Args.__annotations__[name],)  # of a Literal, or types
+        for (name, value), hint in zip(vars(self).items(), get_type_hints(type(self)).values(), strict=True):
+            choices = get_args(hint) or (hint,)  # of a Literal, or types
             if value not in choices and type(value) not in (*choices, int):
                 raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))

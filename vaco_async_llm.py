@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, cached_property, partial
 from multiprocessing.connection import wait
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import reasoning_gym
@@ -107,19 +107,9 @@ class Args:
     clip_coef: float = 0.2  # grpo, decoupled: ratios are clipped to 1 - clip_coef .. 1 + clip_coef
 
     def __post_init__(self):
-        at_least_1 = (
-            "num_",
-            "total_",
-            "prompts_",
-            "rollouts_",
-            "update_",
-            "eval_",
-            "max_prompt",
-            "max_new",
-            "learner_t",
-        )
-        for name, value in vars(self).items():
-            choices = get_args(Args.__annotations__[name]) or (Args.__annotations__[name],)  # of a Literal, or types
+        at_least_1 = ("num_", "total_", "prompts_", "rollouts_", "update_", "eval_", "max_prompt", "max_new")
+        for (name, value), hint in zip(vars(self).items(), get_type_hints(type(self)).values(), strict=True):
+            choices = get_args(hint) or (hint,)  # of a Literal, or types
             if value not in choices and type(value) not in (*choices, int):
                 raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = {"group_size": 2, "temperature": 0.001}.get(name, int(name.startswith(at_least_1)))
