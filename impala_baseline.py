@@ -91,9 +91,10 @@ class Args:
         for name, value in (ATARI if is_atari(self.env_id) else CONTINUOUS).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for (name, value), hint in zip(vars(self).items(), get_type_hints(type(self)).values(), strict=True):
+        for name, hint in get_type_hints(Args).items():
+            value = getattr(self, name)
             choices = get_args(hint) or (hint,)  # of a Literal, or types
-            if value not in choices and type(value) not in (*choices, int):
+            if value not in choices and type(value) not in choices and not (float in choices and type(value) is int):
                 raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
@@ -485,6 +486,7 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.stop_reasons = []
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.processes = []
         self.connections = []
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
@@ -500,10 +502,10 @@ class Actors:
             self.processes.append(process)
             self.connections.append(connection)
         self.issue(version, [version * args.rollouts_per_batch - number for number in range(num_slots, 0, -1)])
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
+        signal.signal(number, self.handlers[number])  # a second one does not wait for the batch
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
@@ -752,9 +754,9 @@ def train(args):
 
 
 if __name__ == "__main__":
-    resume = re.search(r"--resume[ =](\S+)", " ".join(sys.argv))
+    resume = re.search(r".*--resume[=\0]([^\0]+)", "\0".join(sys.argv))
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
-        saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
-        options["default"] = Args(**saved["args"] | {"resume": resume[1]})
+        flags = torch.load(f"{resume[1]}/checkpoint.pt", mmap=True, weights_only=True)["args"]
+        options["default"] = Args(**flags | {"resume": resume[1]})
     train(tyro.cli(Args, description=__doc__, **options))

@@ -79,7 +79,6 @@ class Args:
     ent_coef: float | None = None  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # the largest norm of a gradient
-
     align: bool = False  # if toggled, advantages are V-trace's, of the learner's policy, in place of GAE's (clip: APPO)
     # clip: PPO-clip; geppo: GePPO, clipped around the policy at arrival, use --align; decoupled: decoupled PPO, clipped
     # there, too; kl: PPO-KL; spo: SPO; stop: no clipping, once over budget the rest of the batch is skipped
@@ -93,9 +92,10 @@ class Args:
         for name, value in (ATARI if is_atari(self.env_id) else CONTINUOUS).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for (name, value), hint in zip(vars(self).items(), get_type_hints(type(self)).values(), strict=True):
+        for name, hint in get_type_hints(Args).items():
+            value = getattr(self, name)
             choices = get_args(hint) or (hint,)  # of a Literal, or types
-            if value not in choices and type(value) not in (*choices, int):
+            if value not in choices and type(value) not in choices and not (float in choices and type(value) is int):
                 raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be one of {choices}")
             lowest = 2 if name == "num_steps" else name.startswith(("num_", "total_", "rollouts_", "update_"))
             if type(value) in (int, float) and name != "log_std_init" and not value >= lowest:
@@ -496,6 +496,7 @@ class Actors:
         self.waiting = [deque() for _ in range(args.num_actors)]  # rollouts whose slots are free, of each actor
         self.finished = {}  # rollout -> what the actor sent, in the order of arrival
         self.stop_reasons = []
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.processes = []
         self.connections = []
         # forkserver copies a process that has done all imports: actors start much sooner than by spawn, in less memory
@@ -511,10 +512,10 @@ class Actors:
             self.processes.append(process)
             self.connections.append(connection)
         self.issue(version, [version * args.rollouts_per_batch - number for number in range(num_slots, 0, -1)])
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, _):
         self.stop_reasons.append(128 + number)
+        signal.signal(number, self.handlers[number])  # a second one does not wait for the batch
 
     def issue(self, newest, freed=()):
         """Send out each ticket whose slot is free and whose policy version is there: `newest` is the last one, `freed`
@@ -626,8 +627,7 @@ def train(args):
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
         compute_gradient = torch.compile(gradient, dynamic=True)
-    # A tensor: --compile would take a number for a constant
-    kl_coef = torch.ones((), device=device)
+    kl_coef = torch.ones((), device=device)  # a tensor: --compile would take a number for a constant
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 
@@ -792,9 +792,9 @@ def train(args):
 
 
 if __name__ == "__main__":
-    resume = re.search(r"--resume[ =](\S+)", " ".join(sys.argv))
+    resume = re.search(r".*--resume[=\0]([^\0]+)", "\0".join(sys.argv))
     options = {}
     if resume and os.path.exists(f"{resume[1]}/checkpoint.pt"):  # the flags of that run are the defaults
-        saved = torch.load(f"{resume[1]}/checkpoint.pt", map_location="cpu", weights_only=True)
-        options["default"] = Args(**saved["args"] | {"resume": resume[1]})
+        flags = torch.load(f"{resume[1]}/checkpoint.pt", mmap=True, weights_only=True)["args"]
+        options["default"] = Args(**flags | {"resume": resume[1]})
     train(tyro.cli(Args, description=__doc__, **options))

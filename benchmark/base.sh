@@ -19,5 +19,5 @@ envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4"
 common=(--lag-schedule fixed --out "$results/$study.jsonl" --env-ids $envs)
 one="--num-actors 1 --num-envs 16 --num-steps 128 --compile"
 run "${common[@]}" --methods "untrained" --seeds 1 --steps $((steps / 10)) --flags="$one"
-run "${common[@]}" --methods "VACO" "PPO-clip" --seeds $(seq 3 $((seeds + 2))) --flags="$one"
+run "${common[@]}" --methods "VACO" "VACO --tv-threshold 0.2" "PPO-clip" --seeds $(seq 3 $((seeds + 2))) --flags="$one"
 plot "$results/$study.jsonl" --figures curves

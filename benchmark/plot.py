@@ -236,10 +236,15 @@ class Results:
         return {place: interval(self.scores(*place), metrics.aggregate_iqm, self.reps) for place in places}
 
     @cached_property
+    def ours(self):
+        """VACO, or the first of its variants that is there, with which others are compared; "" if there is none."""
+        return next((method for method in self.methods if base_of(method) == "VACO"), "")
+
+    @cached_property
     def improvement(self):
         """{(method, x): (probability that a run of VACO is better than one of the method, low, high)}."""
-        others = [method for method in self.methods if method != "VACO"] if "VACO" in self.methods else []
-        pairs = {(method, x): (self.scores("VACO", x), self.scores(method, x)) for method in others for x in self.xs}
+        others = [method for method in self.methods if method != self.ours] if self.ours else []
+        pairs = {(method, x): (self.scores(self.ours, x), self.scores(method, x)) for method in others for x in self.xs}
         return {place: interval(pair, probability_of_improvement, self.reps) for place, pair in pairs.items()}
 
     def lead(self, ours, theirs, x, returns_of=None):
@@ -399,7 +404,7 @@ def plot_main(results):
         return plot_rows(results)
     styles = style(results.methods)
     methods = [method for method in results.methods if method not in PARTS or method == "VACO"]
-    if len(methods) > 6:
+    if len(methods) > 7:
         methods = [method for method in methods if method in HEADLINE]
     panels = {"methods": methods, "parts of VACO": [method for method in results.methods if method in PARTS]}
     if len(panels["parts of VACO"]) < 2:
@@ -655,15 +660,16 @@ def tables(results):
         parts += [f"{text}\n\n{table}"] if rows else []
     if results.improvement:
         count = {(m, x): len(results.seeds(m, x)) for m in methods for x in xs}
-        text = "Probability that a run of VACO is better than one of** (seeds of VACO, of the other)"
-        others = [method for method in methods if method != "VACO"]
-        add(text, lambda m, x: cell(*results.improvement[m, x], f"{count['VACO', x]}, {count[m, x]}"), others)
-        text = "IQM of VACO's normalised scores less that of** (seeds of VACO, of the other)"
-        lead = partial(results.lead, "VACO")
-        add(text, lambda m, x: cell(*lead(m, x), f"{count['VACO', x]}, {count[m, x]}"), others)
-        last_lead = partial(results.lead, "VACO", returns_of=results.evaluations)
+        ours = results.ours
+        text = f"Probability that a run of {ours} is better than one of** (seeds of VACO, of the other)"
+        others = [method for method in methods if method != ours]
+        add(text, lambda m, x: cell(*results.improvement[m, x], f"{count[ours, x]}, {count[m, x]}"), others)
+        text = f"IQM of {ours}'s normalised scores less that of** (seeds of VACO, of the other)"
+        lead = partial(results.lead, ours)
+        add(text, lambda m, x: cell(*lead(m, x), f"{count[ours, x]}, {count[m, x]}"), others)
+        last_lead = partial(results.lead, ours, returns_of=results.evaluations)
         text = "The same, of 10 episodes that the last policy of each run plays** with sampled actions"
-        add(text, lambda m, x: cell(*last_lead(m, x), f"{count['VACO', x]}, {count[m, x]}"), others)
+        add(text, lambda m, x: cell(*last_lead(m, x), f"{count[ours, x]}, {count[m, x]}"), others)
     for x in xs:
         parts += equal_widths(results, x)
     for name in ("lag/tv_backward", "lag/tv_forward", "lag/tv_total", "lag/ess", "filter/dropped", "filter/gate_open"):

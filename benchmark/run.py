@@ -1,7 +1,7 @@
 """Runs the scripts over environments, methods, lags and seeds, side by side, and records every finished run.
 
     python benchmark/run.py --out results.jsonl --env-ids HalfCheetah-v4 Hopper-v4 --methods VACO PPO-clip \
-        "VACO --tv-threshold 0.1" --lags 0 4 16 --seeds 1 2 3 --steps 300000 --workers 2
+        "VACO --tv-threshold 0.2" --lags 0 4 16 --seeds 1 2 3 --steps 300000 --workers 2
 
 A run that is in the file `--out` already is skipped, so an interrupted study goes on where it was; one that is in a
 file of `--reuse`, under whatever name, is copied from there. Seeds are the outermost loop: the table of results is

@@ -4,9 +4,9 @@
 seeds=3 steps=300000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4"
-widths=("VACO" "VACO --tv-threshold 0.2" "PPO-clip" "PPO-clip --clip-coef 0.6" "PPO-KL" "PPO-KL --kl-target 0.12" "SPO")
-widths+=("stop by TV" "stop by TV --tv-threshold 0.2" "VACO, no filter")
-lagged=("VACO --tv-anchor learner" "APPO" "APPO --clip-coef 0.4" "GePPO" "GePPO --clip-coef 0.4")
+widths=("VACO --tv-threshold 0.1" "VACO --tv-threshold 0.2" "PPO-clip" "PPO-clip --clip-coef 0.6" "PPO-KL" "PPO-KL --kl-target 0.12" "SPO")
+widths+=("stop by TV --tv-threshold 0.1" "stop by TV --tv-threshold 0.2" "VACO, no filter")
+lagged=("VACO --tv-anchor learner --tv-threshold 0.1" "APPO" "APPO --clip-coef 0.4" "GePPO" "GePPO --clip-coef 0.4")
 lagged+=("decoupled PPO" "VACO, no alignment --tv-threshold 0.2") # without lag they are others
 last=("PPO-clip --clip-coef 0.4" "SPO --spo-eps 1.6")
 if [ $smoke ]; then

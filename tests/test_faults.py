@@ -295,6 +295,31 @@ def test_signals_save_and_leave(name, number, pipe):
     assert max(read_curves(".", field="step")["charts/SPS"]) == step  # logs are flushed
 
 
+def test_an_interrupt_while_actors_start_saves_and_a_second_one_ends_the_run_at_once(monkeypatch):
+    issue, collect = Actors.issue, Actors.collect
+
+    def interrupted_issue(self, newest, freed=()):
+        if not self.finished:  # in the constructor
+            os.kill(os.getpid(), signal.SIGINT)
+        issue(self, newest, freed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Actors, "issue", interrupted_issue)
+        with pytest.raises(SystemExit, match="130"):
+            train(SMALL)
+    assert saved_in_the_run()["version"] == 0
+
+    def twice_interrupted_collect(self, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return collect(self, batch)
+
+    monkeypatch.setattr(Actors, "collect", twice_interrupted_collect)
+    with pytest.raises(KeyboardInterrupt):
+        train(SMALL)
+    assert not mp.active_children()
+
+
 class Slow(ContinuousEnvs):
     def step(self, actions):
         Path(f"acting{os.getpid()}").touch()
@@ -367,7 +392,7 @@ def test_the_flags_of_a_run_are_the_defaults_when_it_goes_on():
     small = replace(SMALL, total_timesteps=500, num_envs=3)
     train(small)
     (run,) = Path("runs").iterdir()
-    run = run.rename("moved")
+    run = run.rename("moved away")
     flags = ["--resume", f"{run}/", "--total-timesteps", "1000", "--lag", "3"]
     program = [sys.executable, REPOSITORY / "vaco_async_mujoco.py", *flags]
     finished = subprocess.run(program, capture_output=True, text=True)
