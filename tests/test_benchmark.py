@@ -534,11 +534,11 @@ def test_labels_at_the_ends_of_lines_do_not_overlap():
     for draw in (plot.plot_main, plot.plot_return, plot.plot_curves):
         figure = draw(results)
         figure.canvas.draw()
+        assert figure.axes[0].texts
         for ax in figure.axes:
-            boxes = sorted(
-                (Text.get_window_extent(text) for text in ax.texts), key=lambda box: box.y0
-            )  # without leaders
-            assert len(boxes) in (0, 2, 3, 4, 8, 9) and len({round(box.x0) for box in boxes}) <= 1
+            boxes = [Text.get_window_extent(text) for text in ax.texts]  # without leaders
+            boxes.sort(key=lambda box: box.y0)
+            assert len({round(box.x0) for box in boxes}) <= 1
             assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
             assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
