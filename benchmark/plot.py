@@ -131,7 +131,7 @@ class Results:
         self.grid = np.array(next((run["grid"] for run in trained if "grid" in run), []))
         self.env_ids = list(dict.fromkeys(env_id for _, env_id, *_ in runs))
         known = list(dict.fromkeys(method for method, *_ in runs if method != "untrained"))
-        known.sort(key=lambda method: [*LOOKS, ""].index(base_of(method)))  # stable
+        known.sort(key=lambda method: ([*LOOKS, ""].index(base_of(method)), method not in LOOKS))  # stable
         lags = sorted({lag for method, _, lag, _ in runs if method != "untrained"})
         for name, asked, there in (("methods", args.methods, known), ("lags", args.lags, lags)):
             if unknown := [value for value in asked if value not in there]:
