@@ -77,7 +77,7 @@ def train_by_hand():
         # Filter: at every gradient step
         for _ in range(10):
             ratios = (logprobs_of(policy) - behavior_logprobs).exp()
-            keep, tv = tv_filter(ratios.detach(), advantages, tv_threshold=0.2)
+            keep, tv = tv_filter(ratios.detach(), advantages, tv_threshold=0.1)
             policy_loss = -(keep * ratios * advantages).mean()
             value_loss = (critic(obs[:-1]).squeeze(-1) - targets).square().mean()
             optimizer.zero_grad()

@@ -96,7 +96,7 @@ class Args:
     methods: tuple[str, ...] = ()  # methods to show, in this order; none: all
     lags: tuple[int, ...] = ()  # lags to show; none: all
     # A flag in the names of methods to draw against, instead of the lag: "update-epochs". Methods without it are left
-    # out, unless its default is given: "tv-threshold=0.2"
+    # out, unless its default is given: "tv-threshold=0.1"
     x: str | None = None
     reps: int = 2000  # bootstrap samples
     figures: tuple[Figure, ...] = ("main", "return", "curves", "tv")  # figures to draw
