@@ -59,7 +59,7 @@ def train_by_hand():
     critic = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 1))
     optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=2e-3)
     newest = deepcopy(policy)
-    for batch in range(100):
+    for batch in range(200):
         beta = newest
         newest = deepcopy(policy)
         obs, actions, rewards = collect(envs, beta, seed=16 * batch)
@@ -83,7 +83,7 @@ def train_by_hand():
             optimizer.zero_grad()
             (policy_loss + value_loss).backward()
             optimizer.step()
-        if batch in (0, 99):
+        if batch in (0, 199):
             print(f"a loop of your own, batch {batch}: return {rewards.sum(0).mean():.1f}, total variation {tv:.3f}")
 
 
