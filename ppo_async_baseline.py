@@ -626,6 +626,7 @@ def train(args):
     compute_gradient = gradient
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
+        torch._dynamo.config.specialize_float = True  # or torch 2.13's cache on disk mixes coefficients up
         compute_gradient = torch.compile(gradient, dynamic=True)
     kl_coef = torch.ones((), device=device)  # a tensor: --compile would take a number for a constant
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
@@ -725,8 +726,7 @@ def train(args):
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             with torch.no_grad():
-                final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
-            final_ratios = final_log_ratios.exp()
+                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
             if not atari:
                 statistics["obs"].update(batch["obs"][:-1][valid].double().cpu().numpy())
                 agent.set_statistics(statistics["obs"].mean, np.sqrt(statistics["obs"].var + 1e-8), first=version == 0)
@@ -759,7 +759,7 @@ def train(args):
             }
             if args.objective == "kl":  # arXiv 1707.06347, section 4
                 scalars["losses/kl_coef"] = kl_coef.item()
-                kl = (final_ratios - 1 - final_log_ratios).mean().item()
+                kl = (final_ratios - 1 - final_ratios.log()).mean().item()
                 if kl > 1.5 * args.kl_target:
                     kl_coef *= 2
                 elif kl < args.kl_target / 1.5:

@@ -402,6 +402,18 @@ def test_a_compiled_run_is_the_eager_one_up_to_rounding():
     assert not torch.equal(eager["actor_mean.0.weight"], compiled["actor_mean.0.weight"])  # it did compile
 
 
+def test_compiled_code_is_not_reused_with_another_clip_range(monkeypatch, tmp_path):
+    """torch keeps compiled code on disk, for later runs. The range that comes first is the wider one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    args = ppo.Args(**SMALL, lag_schedule="fixed", lag=1, learning_rate=1e-2)
+    for clip_coef in (0.4, 0.01):
+        torch._dynamo.reset()  # as in a new process
+        args = replace(args, total_timesteps=400, clip_coef=clip_coef)
+        eager, compiled = state_of(ppo.train(args)), state_of(ppo.train(replace(args, compile=True)))
+        for name in eager:
+            torch.testing.assert_close(eager[name], compiled[name], atol=1e-3, rtol=1e-3, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["clip", "decoupled"])
 def test_ppo_learns_to_balance_the_pendulum(objective):
