@@ -1,7 +1,6 @@
 """PPO-clip and its relatives under policy lag: baselines for VACO, in one file.
 
-The program of vaco_async_mujoco.py, where a picture shows it, with other objectives, and for Atari, too. Advantages are
-GAE by the learner's critic, on data as old as it is; with `--align` they are V-trace's.
+The program of vaco_async_mujoco.py with other objectives. Advantages are GAE, or V-trace with `--align` (APPO, GePPO).
 
     python ppo_async_baseline.py                                                # PPO-clip, HalfCheetah-v4
     python ppo_async_baseline.py --objective kl --lag-schedule mixture --lag 8  # PPO-KL, lag
@@ -626,9 +625,9 @@ def train(args):
     compute_gradient = gradient
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
-        torch._dynamo.config.specialize_float = True  # or torch 2.13's cache on disk mixes coefficients up
+        torch._dynamo.config.specialize_float = True  # or torch 2.13's cache on disk may give another run's
         compute_gradient = torch.compile(gradient, dynamic=True)
-    kl_coef = torch.ones((), device=device)  # a tensor: --compile would take a number for a constant
+    kl_coef = torch.ones((), device=device)  # a tensor, or --compile would compile every new value anew
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))
     store.publish(agent, 0)
 
@@ -726,7 +725,8 @@ def train(args):
 
             # PUBLISH the next version: new weights, and observation statistics that include this batch
             with torch.no_grad():
-                final_ratios = (agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs).exp()  # [B], pi/beta
+                final_log_ratios = agent.evaluate(b_obs, b_actions)[0] - b_behavior_logprobs  # [B], log pi/beta
+            final_ratios = final_log_ratios.exp()
             if not atari:
                 statistics["obs"].update(batch["obs"][:-1][valid].double().cpu().numpy())
                 agent.set_statistics(statistics["obs"].mean, np.sqrt(statistics["obs"].var + 1e-8), first=version == 0)
@@ -759,7 +759,7 @@ def train(args):
             }
             if args.objective == "kl":  # arXiv 1707.06347, section 4
                 scalars["losses/kl_coef"] = kl_coef.item()
-                kl = (final_ratios - 1 - final_ratios.log()).mean().item()
+                kl = (final_ratios - 1 - final_log_ratios).mean().item()
                 if kl > 1.5 * args.kl_target:
                     kl_coef *= 2
                 elif kl < args.kl_target / 1.5:

@@ -502,7 +502,7 @@ def train(args):
     compute_gradient = gradient
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # gradients and all, in one graph
-        torch._dynamo.config.specialize_float = True  # or torch 2.13's cache on disk mixes coefficients up
+        torch._dynamo.config.specialize_float = True  # or torch 2.13's cache on disk may give another run's
         compute_gradient = torch.compile(gradient, dynamic=True)
     statistics = {"obs": RunningMeanStd(shape=obs_size), "returns": RunningMeanStd(epsilon=0, shape=())}
     store = PolicyStore(agent, num_versions=max(args.lag + 1, 2))

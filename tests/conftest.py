@@ -1,6 +1,7 @@
 """Shared by the tests: where runs write to, how their curves are read, and how processes are looked for."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 REPOSITORY = Path(__file__).parent.parent
+has_compiler = shutil.which(os.environ.get("CXX", "g++"))
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="--compile needs g++ or CXX")
 
 
 @pytest.fixture(autouse=True)

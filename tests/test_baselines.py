@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import read_curves
+from conftest import needs_compiler, read_curves
 from test_algorithm import gae_by_episode, make_columns, vtrace_by_definition
 
 import impala_baseline
@@ -391,7 +391,7 @@ def test_wrong_flags_are_named(script, flags, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="--compile needs g++ or CXX")
+@needs_compiler
 def test_a_compiled_run_is_the_eager_one_up_to_rounding():
     """PPO-KL, whose coefficient changes from batch to batch: compiled in as a constant it would stay what it was."""
     args = ppo.Args(**SMALL, objective="kl", lag_schedule="fixed", lag=1, kl_target=1e-6)
@@ -402,16 +402,21 @@ def test_a_compiled_run_is_the_eager_one_up_to_rounding():
     assert not torch.equal(eager["actor_mean.0.weight"], compiled["actor_mean.0.weight"])  # it did compile
 
 
+@pytest.mark.slow
+@needs_compiler
 def test_compiled_code_is_not_reused_with_another_clip_range(monkeypatch, tmp_path):
     """torch keeps compiled code on disk, for later runs. The range that comes first is the wider one."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     args = ppo.Args(**SMALL, lag_schedule="fixed", lag=1, learning_rate=1e-2)
+    weights = []
     for clip_coef in (0.4, 0.01):
-        torch._dynamo.reset()  # as in a new process
+        torch._dynamo.reset()  # which leaves the cache on disk
         args = replace(args, total_timesteps=400, clip_coef=clip_coef)
         eager, compiled = state_of(ppo.train(args)), state_of(ppo.train(replace(args, compile=True)))
         for name in eager:
             torch.testing.assert_close(eager[name], compiled[name], atol=1e-3, rtol=1e-3, msg=name)
+        weights.append(eager["actor_mean.0.weight"])
+    assert not torch.allclose(*weights, atol=1e-2) and any((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import math
 import multiprocessing as mp
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, processes_of_session, read_curves
+from conftest import REPOSITORY, needs_compiler, processes_of_session, read_curves
 
 import vaco_async_mujoco
 from vaco_async_mujoco import Actors, Args, MlpAgent, PolicyStore, continuous_sizes, train
@@ -371,7 +370,7 @@ def test_no_process_outlives_the_program(end):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="--compile needs g++ or CXX")
+@needs_compiler
 def test_a_compiled_run_is_the_eager_one_up_to_rounding():
     args = replace(SMALL, lag_schedule="mixture", lag=2, tv_threshold=0.02, total_timesteps=400)
     eager, compiled = state_of(train(args)), state_of(train(replace(args, compile=True)))
