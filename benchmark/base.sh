@@ -11,8 +11,9 @@
 #   1 + 2 + value targets recomputed every epoch, 1 + 2 + a critic-only pass before advantages are computed.
 # - Confirmation, 1M steps, seeds 3 to 7: the chosen base and the earlier one. It is kept if its mean score there is higher.
 # Tasks with bounds of -1 and 1 (all but Humanoid) are the same with (2) and without it, so they run once.
-# Commit 318b5cd has the screening, with its trial flags, 8f8aef6 the earlier base (base_earlier.jsonl), and docs/results.md
-# what came of it. This script runs what is left: the chosen base at 1M steps.
+# This script runs the chosen base at 1M steps. Commit 318b5cd has the screening, with its trial flags: its own base.sh. The
+# earlier base is commit 8f8aef6: there, run.py with the flags below and `VACO` (whose budget was 0.2) and `PPO-clip`.
+# docs/results.md has what came of it.
 seeds=5 steps=1000000
 source "$(dirname "$0")/options.sh"
 envs="HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4"

@@ -14,6 +14,7 @@ rliable (arXiv 2108.13264), from three seeds on.
 """
 
 import itertools
+import math
 import re
 import sys
 import textwrap
@@ -458,14 +459,14 @@ def plot_return(results):
 
 
 def plot_curves(results):
-    """Learning curves, mean over seeds, one row per environment and one column per lag; of one lag one row."""
+    """Learning curves, mean over seeds, a row per environment and a column per lag; of one lag three panels a row."""
     shown, styles = list(itertools.product(results.env_ids, results.xs)), style(results.methods)
-    columns = len(results.xs) if len(results.xs) > 1 else len(results.env_ids)
-    rows = len(shown) // columns
+    columns = len(results.xs) if len(results.xs) > 1 else min(len(results.env_ids), 3)
+    rows = math.ceil(len(shown) / columns)
     height = max(2.9, 0.6 + 0.19 * len(results.methods))
     figure, axes = panels(rows, columns, 4.2 * columns, height * rows, sharey="row" if len(results.xs) > 1 else False)
     ends = defaultdict(dict)
-    for ((i, j), ax), (env_id, x) in zip(np.ndenumerate(axes), shown, strict=True):
+    for number, (ax, (env_id, x)) in enumerate(zip(axes.flat, shown, strict=False)):
         for k, method in enumerate(results.methods):
             grid, curves = results.curves(method, env_id, x)
             if curves.size:
@@ -474,9 +475,12 @@ def plot_curves(results):
                 ax.plot(grid / 1e3, mean, label=method, markevery=(k % 5, 5), **look)
                 ax.fill_between(grid / 1e3, low, high, color=look["color"], alpha=0.1, linewidth=0)
                 ends[ax][method] = grid[-1] / 1e3, mean[-1]
-        labels = {"ylabel": "return" * (j == 0), "xlabel": "thousand steps" * (i == rows - 1)}
+        lowest = number + columns >= len(shown)
+        labels = {"ylabel": "return" * (number % columns == 0), "xlabel": "thousand steps" * lowest}
         clean(ax, f"{env_id}, {results.at(x)}", xlim=(0, results.steps / 1e3), **labels)
-    for ax in axes.flat:  # when the last panel of a row has widened the axis that they share
+    for ax in axes.flat[len(shown) :]:
+        ax.remove()
+    for ax in axes.flat[: len(shown)]:  # when the last panel of a row has widened the axis that they share
         label_ends(ax, ends[ax], styles)
     text = "Return of the episodes that ended, mean over seeds; lines join where none did."
     caption(figure, f"{text} {results.about()} Shaded: 95 % intervals, from 3 seeds on; from few they are too narrow.")
