@@ -736,7 +736,7 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
-            if not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
+            with contextlib.suppress(BrokenPipeError):  # what the output is piped to may have ended, as by Ctrl-C
                 sps, lag, tv = (scalars[name] for name in ("charts/SPS", "lag/versions_mean", "lag/tv_total"))
                 recent = np.mean(last_returns or [math.nan])
                 print(f"step {global_step}, {sps:.0f} SPS, return {recent:.6g}, lag {lag:.1f}, TV {tv:.3f}", flush=True)

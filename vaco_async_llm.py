@@ -800,7 +800,7 @@ def train(args):
                 writer.add_scalar(name, value, version)
             if args.checkpoint_interval and version % args.checkpoint_interval == 0:
                 save()
-            if not actors.stop_reasons:  # Ctrl-C may have ended what the output is piped to
+            with contextlib.suppress(BrokenPipeError):  # what the output is piped to may have ended, as by Ctrl-C
                 measured = "lag/tv_forward" if args.tv_anchor == "learner" else "lag/tv_total"
                 names = ("charts/tokens_per_second", "charts/reward", "lag/versions_mean", measured)
                 speed, reward, lag, tv = (scalars[name] for name in names)

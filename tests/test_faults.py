@@ -258,6 +258,16 @@ def test_a_failed_write_leaves_the_old_checkpoint(monkeypatch):
     assert not mp.active_children()
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_outlives_what_its_output_is_piped_to(name):
+    """As `| tee log`, which Ctrl-C may end before the run has heard of it."""
+    flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in small(name).items()]
+    with subprocess.Popen([sys.executable, REPOSITORY / f"{name}.py", *flags], stdout=subprocess.PIPE) as program:
+        program.stdout.close()
+        program.wait(timeout=120)
+    assert saved_in_the_run()["version"] > 1
+
+
 @pytest.mark.parametrize("pipe", ["reads on", "has ended"])
 @pytest.mark.parametrize(
     ("name", "number"),
